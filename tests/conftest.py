@@ -1,0 +1,18 @@
+"""What every test shares."""
+
+import os
+
+os.environ.setdefault("GLOG_v", "3")  # MindSpore warns about every CPU fallback otherwise
+
+import mindspore as ms
+import pytest
+
+ms.set_device("CPU")
+
+
+@pytest.fixture(params=["graph", "pynative"])
+def mode(request):
+    """Runs a test in both of MindSpore's execution modes."""
+    ms.set_context(mode=ms.GRAPH_MODE if request.param == "graph" else ms.PYNATIVE_MODE)
+    yield request.param
+    ms.set_context(mode=ms.GRAPH_MODE)
