@@ -38,6 +38,7 @@ BACKGROUNDS = {
     "lavender": (202, 180, 242),
 }
 SIZES = {"small": (13.0, 14.5), "large": (21.5, 23.5)}  # ranges of the radius
+PAIR = (11.0, 12.5)  # range of the radius of each of two toys, of which captions say no size
 STYLES = ("flat", "outline", "shadow")
 STAR_POINTS = (4, 5, 6)  # all of them are just a "star" in captions
 ATTRIBUTES = {
@@ -242,7 +243,7 @@ def sample_scene(rng: np.random.Generator, fixed: Mapping[str, object] | None = 
         rng: the only source of chance.
         fixed: values that are not left to chance: any of ATTRIBUTES, or of Item's and Scene's other fields
             (`rgb`, `points`, `tilt`, `contour`, `shadow`, ...).
-        count: toys in the picture, all alike: 1, or 2 side by side (which are then small).
+        count: toys in the picture, 1 or 2; two are alike, and small whatever `size` says.
 
     Raises:
         ValueError: an unknown name or value in `fixed`.
@@ -252,14 +253,12 @@ def sample_scene(rng: np.random.Generator, fixed: Mapping[str, object] | None = 
         drawn = values[rng.integers(len(values))]  # drawn even if fixed: the rest of the picture then stays the same
         if fixed.setdefault(name, drawn) not in values:
             raise ValueError(f"{name} '{fixed[name]}' is unknown; choose one of {', '.join(values)}.")
-    if count == 2:
-        fixed["size"] = "small"
     jitter = rng.uniform(-1, 1, 3)
     spread = {
         "rgb": shifted_hue(COLOURS[fixed["colour"]], 4 * jitter[0]),
         "points": int(rng.choice(STAR_POINTS, p=(0.2, 0.6, 0.2))),
         "tilt": 20 * jitter[1],
-        "radius": rng.uniform(*SIZES[fixed["size"]]),
+        "radius": rng.uniform(*(SIZES[fixed["size"]] if count == 1 else PAIR)),
         "contour": rng.uniform(*CONTOURS) if fixed["style"] == "outline" else 0.0,
         "shadow": rng.uniform(*SHADOWS) if fixed["style"] == "shadow" else 0.0,
     }
@@ -269,11 +268,12 @@ def sample_scene(rng: np.random.Generator, fixed: Mapping[str, object] | None = 
 
     low = spread["radius"] + contour + BORDER
     high = SIDE - low - shadow
-    items = []
-    for i in range(count):
-        left, right = (low, high) if count == 1 else (SIDE / 2 * i + low, SIDE / 2 * (i + 1) - low - shadow)
-        x, y = np.sort([left, right])[0] + rng.random() * abs(right - left), rng.uniform(low, high)
-        items.append(Item(**{"x": float(x), "y": float(y), **spread, **fixed}))
+    if count == 1:
+        places = [rng.uniform(low, high, 2)]
+    else:  # towards opposite corners: left-high and right-low, or the other way round
+        near, far = low + rng.uniform(0, 4, 2), high - rng.uniform(0, 4, 2)
+        places = [near, far] if rng.random() < 0.5 else [(near[0], far[1]), (far[0], near[1])]
+    items = (Item(**{"x": float(x), "y": float(y), **spread, **fixed}) for x, y in places)
     return Scene(tuple(items), background, style, contour, shadow)
 
 
