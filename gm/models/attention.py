@@ -43,7 +43,8 @@ class Attention(nn.Cell):
         super().__init__()
         self.num_heads = num_heads
         self.flash = _flash and not causal
-        self.core = _AttentionRows(causal) if rows_form() else _PlainAttention(causal)
+        self.rows = rows_form()
+        self.core = _AttentionRows(causal) if self.rows else _PlainAttention(causal)
 
     def construct(self, q, k, v):
         b, length, c = q.shape
@@ -52,11 +53,13 @@ class Attention(nn.Cell):
             return ops.flash_attention_score(q, k, v, self.num_heads, scalar_value=scale, input_layout="BSH")
         out = self.core(self.to_heads(q), self.to_heads(k), self.to_heads(v))
         out = ops.transpose(ops.reshape(out, (b, self.num_heads, length, -1)), (0, 2, 1, 3))
-        return ops.reshape(out, (b, length, c))
+        return ops.cast(ops.reshape(out, (b, length, c)), q.dtype)
 
     def to_heads(self, x):
         """(B, L, C) -> (B * heads, L, d)."""
         b, length, c = x.shape
+        if self.rows:
+            x = ops.cast(x, ms.float32)
         x = ops.transpose(ops.reshape(x, (b, length, self.num_heads, c // self.num_heads)), (0, 2, 1, 3))
         return ops.reshape(x, (b * self.num_heads, length, c // self.num_heads))
 
