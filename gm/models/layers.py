@@ -53,11 +53,26 @@ def _is_rows():
     return rows_form()
 
 
+_dtype = ms.float32
+
+
+@contextlib.contextmanager
+def parameter_dtype(dtype):
+    """Make parameters of layers built inside in `dtype`, ms.float32 or ms.float16."""
+    global _dtype
+    before, _dtype = _dtype, dtype
+    try:
+        yield
+    finally:
+        _dtype = before
+
+
 def empty_parameter(shape, name):
-    """A float32 Parameter of zeros whose memory the system hands out only when it is written."""
-    parameter = Parameter(Tensor(np.zeros([1] * len(shape), np.float32)), name=name)
+    """A Parameter of zeros whose memory the system hands out only when it is written."""
+    dtype = ms.dtype_to_nptype(_dtype)
+    parameter = Parameter(Tensor(np.zeros([1] * len(shape), dtype)), name=name)
     # Parameter() copies what it is given, and so writes it; set_data keeps the untouched pages of np.zeros.
-    parameter.set_data(Tensor.from_numpy(np.zeros(shape, np.float32)), slice_shape=True)
+    parameter.set_data(Tensor.from_numpy(np.zeros(shape, dtype)), slice_shape=True)
     parameter.sliced = False
     return parameter
 

@@ -1,0 +1,95 @@
+"""DiffusionEngine: the whole SDXL in one cell, whose attribute chains are the original checkpoint's keys."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from gm.models.autoencoder import Decode, Encode
+
+
+class Model(nn.Cell):
+    """Holds the UNet under the name that the checkpoint gives it."""
+
+    def __init__(self, diffusion_model):
+        super().__init__()
+        self.diffusion_model = diffusion_model
+
+    def construct(self, x, timesteps, context, y):
+        return self.diffusion_model(x, timesteps, context, y)
+
+
+class DiffusionEngine(nn.Cell):
+    """Text encoders, UNet and autoencoder, frozen, and what turns them into a diffusion model.
+
+    The cell itself computes the training loss. The host methods (`encode`, `decode`, `embed`, `denoise_network`)
+    take and give numpy arrays; each is a graph of its own, compiled once a shape.
+
+    Args:
+        network: the UNet.
+        denoiser: DiscreteDenoiser: scalings and the noise levels.
+        conditioner: GeneralConditioner: prompts and sizes to (vector, crossattn).
+        first_stage: AutoencoderKL.
+        sampler, loss_fn: defaults of the config, or None.
+        scale_factor: what latents are multiplied by after encoding (SDXL: 0.13025).
+    """
+
+    def __init__(
+        self, *, network, denoiser, conditioner, first_stage, sampler=None, loss_fn=None, scale_factor=1.0
+    ):
+        super().__init__()
+        self.model = Model(network)
+        self.conditioner = conditioner
+        self.first_stage_model = first_stage
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.loss_fn = loss_fn
+        self.scale_factor = scale_factor
+        for parameter in self.get_parameters():
+            parameter.requires_grad = False
+        self.set_train(False)
+        self._encode = Encode(first_stage)
+        self._decode = Decode(first_stage)
+
+    def construct(self, network_input, timesteps, target, weight, *conditioner_inputs):
+        """The weighted squared error of the network (see `gm.diffusion.loss`).
+
+        Args:
+            network_input: (B, 4, h, w) noised latents, scaled as the network expects them.
+            timesteps: (B,) float32.
+            target: (B, 4, h, w) what the network should say (eps, for SDXL).
+            weight: (B,) weight of each sample.
+            conditioner_inputs: one tensor an embedder, see `GeneralConditioner.prepare`.
+
+        Returns:
+            Scalar: mean over samples of weight * mean((F - target)^2).
+        """
+        vector, crossattn = self.conditioner(*conditioner_inputs)
+        output = self.model(network_input, timesteps, crossattn, vector)
+        error = ops.mean(ops.square(output - target), (1, 2, 3))
+        return ops.mean(error * weight)
+
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w) moments: mean and log-variance, unscaled. Numpy."""
+        return self._encode(Tensor(images)).asnumpy()
+
+    def decode(self, latents):
+        """(B, 4, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]. Numpy."""
+        return np.clip(self._decode(Tensor(latents / np.float32(self.scale_factor))).asnumpy(), -1, 1)
+
+    def embed(self, batch):
+        """Prompts and sizes to what the network is conditioned on.
+
+        Args:
+            batch: see `GeneralConditioner.prepare`.
+
+        Returns:
+            {"vector": (B, 2816), "crossattn": (B, L, 2048)} numpy float32.
+        """
+        inputs = [Tensor(array) for array in self.conditioner.prepare(batch)]
+        vector, crossattn = self.conditioner(*inputs)
+        return {name: ops.cast(t, ms.float32).asnumpy() for name, t in (("vector", vector), ("crossattn", crossattn))}
+
+    def network(self, x, timesteps, cond):
+        """The UNet on numpy arrays: (B, 4, h, w), (B,), {"vector", "crossattn"} -> (B, 4, h, w)."""
+        arrays = (x, timesteps, cond["crossattn"], cond["vector"])
+        return self.model.diffusion_model(*(Tensor(np.asarray(a, np.float32)) for a in arrays)).asnumpy()
