@@ -1,7 +1,7 @@
 """What diffusers and transformers compute with the tiny SDXL: the numbers that gm must reproduce.
 
     pip install -r tests/peers/requirements.txt
-    python tests/reference/make_reference.py          # writes tests/reference/tiny_sdxl.npz
+    python -m tests.reference.make_reference          # writes tests/reference/tiny_sdxl.npz
 
 The weights are those of tests/tiny.py, in the original single-file layout; the way from there into diffusers'
 models is diffusers' own (its converters for original files). Everything is fp32 on the CPU. Arrays, by name:
@@ -24,13 +24,8 @@ train/grad_l, grad_g    gradient of the first batch's loss
 train/CASE/losses (10,), grad_norms (10,), rows_l, rows_g   CASE = free or clipped; norms are those before clipping
 """
 
-import os
-import sys
 import tempfile
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
@@ -117,7 +112,7 @@ def _load(model, weights):
 
 
 def load_unet(state, config):
-    settings = original.create_unet_diffusers_config_from_ldm(config, state, image_size=64)
+    settings = original.create_unet_diffusers_config_from_ldm(config, state)
     # diffusers recognises SDXL's size conditioning by the real context widths, which a toy does not have.
     settings.update(addition_embed_type="text_time", addition_time_embed_dim=256, class_embed_type=None)
     unet = UNet2DConditionModel(**settings).eval().requires_grad_(False)
@@ -126,7 +121,7 @@ def load_unet(state, config):
 
 
 def load_vae(state, config):
-    vae = AutoencoderKL(**original.create_vae_diffusers_config_from_ldm(config, state, image_size=64))
+    vae = AutoencoderKL(**original.create_vae_diffusers_config_from_ldm(config, state))
     _load(vae, original.convert_ldm_vae_checkpoint(state, vae.config))
     return vae.eval().requires_grad_(False)
 
