@@ -14,6 +14,7 @@ Reading an index touches only the small parts of the file, so that a 7 GB file i
 Every size that the file declares is checked against the file's length before it is used.
 """
 
+import itertools
 import json
 import mmap
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ _NUMPY_TYPES = {
 _MINDSPORE_TYPES = {np.dtype(v): k for k, v in _NUMPY_TYPES.items() if k != "BFloat16"}
 _VARINT, _BYTES = 0, 2  # protobuf's wire types that the format uses
 _SKIPPED = {1: 8, 5: 4}  # wire types of fixed width, in bytes
-_MAX_DIMS = 8
+# Far above what a real file holds, and low enough that a hostile one is refused in a second.
+_MAX_VALUES, _MAX_PIECES, _MAX_DIMS, _MAX_METADATA = 100_000, 1000, 8, 1 << 20
 # Not in the schema: protobuf readers, MindSpore's and mindone's among them, step over unknown fields,
 # whereas mindone refuses a file with a tensor that it does not know.
 _METADATA_FIELD = 1000
@@ -63,7 +65,7 @@ def read_ckpt_index(path):
         dict of name -> CkptEntry, in file order.
 
     Raises:
-        ValueError: the file is no MindSpore checkpoint, is cut short, or declares sizes that it does not hold.
+        ValueError: the file is no MindSpore checkpoint, is cut short, or declares sizes that are not there.
     """
     return _read_index(path)[0]
 
@@ -113,7 +115,7 @@ def write_ckpt(path, items, *, metadata=None):
             else:
                 array = np.asarray(value, np.int64 if isinstance(value, int) else None)
                 if array.dtype not in _MINDSPORE_TYPES:
-                    raise ValueError(f"'{name}' has type {array.dtype}, which a .ckpt cannot hold.")
+                    raise ValueError(f"{name!r} has type {array.dtype}, which a .ckpt cannot hold.")
                 dims, dtype, content = array.shape, _MINDSPORE_TYPES[array.dtype], array.tobytes()
             tensor = b"".join(_varint(1 << 3) + _varint(dim) for dim in dims)
             tensor += _delimited(2, dtype.encode()) + _header(3, len(content))
@@ -135,19 +137,22 @@ def _read_index(path):
             if data[-17:-10] == b"crc_num":
                 end -= 17
             try:
-                for field, span in _fields(data, 0, end):
+                for field, span in _fields(data, 0, end, limit=_MAX_VALUES):
                     if field == _METADATA_FIELD:
                         metadata = _string_dict(data, span)
-                    if field != 1:
                         continue
+                    if field != 1:
+                        raise _Damaged(f"unknown field {field}")
                     name, entry = _parse_value(data, span)
                     if name == last:
                         previous = index[name]
                         if (previous.dtype, previous.shape) != (entry.dtype, entry.shape):
-                            raise _Damaged(f"the pieces of '{name}' disagree on type or shape")
+                            raise _Damaged(f"the pieces of {name!r} disagree on type or shape")
+                        if len(previous.spans) == _MAX_PIECES:
+                            raise _Damaged(f"{name!r} has more than {_MAX_PIECES} pieces")
                         entry = CkptEntry(entry.dtype, entry.shape, previous.spans + entry.spans)
                     elif name in index:
-                        raise _Damaged(f"'{name}' occurs twice")
+                        raise _Damaged(f"{name!r} occurs twice")
                     index[name] = entry
                     last = name
                 for name, entry in index.items():
@@ -161,7 +166,7 @@ def _read_index(path):
 
 def _parse_value(data, span):
     name = tensor = None
-    for field, value in _fields(data, *_as_span(span)):
+    for field, value in _fields(data, *_as_span(span), limit=2):
         if field == 1:
             name = _text(data, value)
         elif field == 2:
@@ -169,17 +174,17 @@ def _parse_value(data, span):
     if name is None or tensor is None:
         raise _Damaged("a value without a name or a tensor")
     dims, dtype, content = [], None, None
-    for field, value in _fields(data, *_as_span(tensor)):
+    for field, value in _fields(data, *_as_span(tensor), limit=2 + _MAX_DIMS):
         if field == 1:
             dims += [value] if isinstance(value, int) else _packed_numbers(data, value)
-            if len(dims) > _MAX_DIMS:
-                raise _Damaged(f"'{name}' has more than {_MAX_DIMS} dimensions")
         elif field == 2:
             dtype = _text(data, value)
         elif field == 3:
             content = _as_span(value)
     if content is None or (dtype != "str" and dtype not in _NUMPY_TYPES):
-        raise _Damaged(f"'{name}' has type {dtype!r}, or no content")
+        raise _Damaged(f"{name!r} has type {dtype!r}, or no content")
+    if len(dims) > _MAX_DIMS:
+        raise _Damaged(f"{name!r} has more than {_MAX_DIMS} dimensions")
     if dims == [0]:
         dims = []
     return name, CkptEntry(dtype, tuple(dims), ((content[0], content[1] - content[0]),))
@@ -198,18 +203,22 @@ def _check_size(name, entry):
     size = sum(length for _, length in entry.spans)
     if entry.dtype == "str":
         if size % 4:
-            raise _Damaged(f"the string '{name}' has {size} bytes, which is no multiple of 4")
+            raise _Damaged(f"the string {name!r} has {size} bytes, which is no multiple of 4")
         return
     declared = prod(entry.shape) * np.dtype(_NUMPY_TYPES[entry.dtype]).itemsize
     if declared != size:
         raise _Damaged(
-            f"'{name}' declares {entry.dtype} {list(entry.shape)}, {declared} bytes, and the file holds {size}"
+            f"{name!r} declares {entry.dtype} {list(entry.shape)}, {declared} bytes; the file holds {size}"
         )
 
 
-def _fields(data, position, end):
+def _fields(data, position, end, *, limit):
     """Yield (field number, number | (start, stop)) for each field of the message data[position:end]."""
-    while position < end:
+    for count in itertools.count(1):
+        if position == end:
+            return
+        if count > limit:
+            raise _Damaged(f"more than {limit} fields in a message")
         key, position = _read_varint(data, position, end)
         field, wire_type = key >> 3, key & 7
         if field == 0:
@@ -256,6 +265,9 @@ def _text(data, value):
 
 
 def _string_dict(data, value):
+    start, stop = _as_span(value)
+    if stop - start > _MAX_METADATA:
+        raise _Damaged(f"{stop - start} bytes of metadata")
     try:
         metadata = json.loads(_text(data, value))
     except (ValueError, RecursionError) as error:

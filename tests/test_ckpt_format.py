@@ -59,7 +59,8 @@ def message(*values):
 def test_a_large_tensor_in_pieces_is_joined(tmp_path):
     path = tmp_path / "c.ckpt"
     # MindSpore writes the whole shape into each piece.
-    path.write_bytes(message(*(("table", TABLE.shape, "Float32", part.tobytes()) for part in (TABLE[:2], TABLE[2:]))))
+    parts = (TABLE[:2].tobytes(), TABLE[2:].tobytes())
+    path.write_bytes(message(*(("table", TABLE.shape, "Float32", part) for part in parts)))
     assert np.array_equal(ms.load_checkpoint(str(path))["table"].asnumpy(), TABLE)
     assert np.array_equal(read_all(path)["table"], TABLE)
 
@@ -80,6 +81,9 @@ DAMAGED = {
     "wrong_size": message(("w", [1], "Int32", b"12")),
     "unknown_type": message(("w", [1], "Int99", b"1234")),
     "too_many_dims": message(("w", [1] * 9, "Int8", b"1")),
+    "packed_dims": b"\x0a\x20\x0a\x01w\x12\x1b\x0a\x0c" + b"\x01" * 12 + b"\x12\x05Int32\x1a\x041234",
+    "foreign_field": GOOD + b"\x10\x01",
+    "many_fields": b"\x0a\xff\xff\x03" + b"\x28\x01" * 0x7fff + b"\x28",
     "gigabytes": message(("w", [2**32], "Float32", b"1234")),
     "negative": message(("w", [-1, -4], "Int8", b"1234")),
     "no_content": message(("w", [1], "Int32", b"1234")).replace(b"\x1a\x04", b"\x2a\x04"),
@@ -98,11 +102,14 @@ DAMAGED = {
         ("text", "not a whole MindSpore checkpoint"),
         ("newline_text", "not a whole MindSpore checkpoint"),
         ("cut", "reaches to byte"),
-        ("wrong_size", "declares Int32 \\[1\\], 4 bytes, and the file holds 2"),
+        ("wrong_size", "declares Int32 \\[1\\], 4 bytes; the file holds 2"),
         ("unknown_type", "type 'Int99'"),
-        ("too_many_dims", "more than 8 dimensions"),
-        ("gigabytes", "17179869184 bytes, and the file holds 4"),
-        ("negative", "and the file holds 4"),
+        ("too_many_dims", "more than 10 fields"),
+        ("packed_dims", "more than 8 dimensions"),
+        ("foreign_field", "unknown field 2"),
+        ("many_fields", "more than 2 fields"),
+        ("gigabytes", "17179869184 bytes; the file holds 4"),
+        ("negative", "bytes; the file holds 4"),
         ("no_content", "or no content"),
         ("endless_number", "more than 64 bits"),
         ("metadata_only", "holds no values"),
