@@ -113,14 +113,14 @@ def _from_open_clip():
 # ---------------------------------------------------------------- prompt weights
 
 
-_GRAMMAR = r"(?P<escape>\\[\\()\[\]])|(?P<bracket>[(\[\])])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+_GRAMMAR = r"(?P<escape>\\[\\()\[\]]?)|(?P<bracket>[(\[\])])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
 
 
 def parse_weights(prompt, *, atoms=None):
     r"""Split a prompt at AUTOMATIC1111's attention brackets.
 
-    (x) is 1.1 times as strong, [x] 1/1.1 times, (x:1.3) 1.3 times; they nest; \( \) \[ \] \\ are literal. A bracket
-    that is never closed reaches to the end; one that was never opened is literal.
+    (x) is 1.1 times as strong, [x] 1/1.1 times, (x:1.3) 1.3 times; they nest; \( \) \[ \] \\ are literal, any
+    other backslash is dropped. A bracket that is never closed reaches to the end; one that was never opened is literal.
 
     Args:
         atoms: regular expression of words to keep whole, whatever brackets they contain.
