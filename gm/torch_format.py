@@ -214,8 +214,10 @@ def _call(function, arguments):
             return {}
         case _Global(name), (TorchTensor() as data, *_) if name == _PARAMETER:
             return data
-        case _Global(name), (_Storage() as storage, offset, tuple(shape), tuple(strides), *_) if name == _TENSOR:
+        case _Global(name), (_Storage() as store, offset, tuple(shape), tuple(strides), *_) if (
+            name == _TENSOR
+        ):
             sizes = (offset, *shape, *strides)
             if len(shape) == len(strides) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in sizes):
-                return TorchTensor(storage, offset, shape, strides)
+                return TorchTensor(store, offset, shape, strides)
     raise _Refused("it describes a tensor that cannot be")

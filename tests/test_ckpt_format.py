@@ -83,7 +83,7 @@ DAMAGED = {
     "too_many_dims": message(("w", [1] * 9, "Int8", b"1")),
     "packed_dims": b"\x0a\x20\x0a\x01w\x12\x1b\x0a\x0c" + b"\x01" * 12 + b"\x12\x05Int32\x1a\x041234",
     "foreign_field": GOOD + b"\x10\x01",
-    "many_fields": b"\x0a\xff\xff\x03" + b"\x28\x01" * 0x7fff + b"\x28",
+    "many_fields": b"\x0a\xff\xff\x03" + b"\x28\x01" * 0x7FFF + b"\x28",
     "gigabytes": message(("w", [2**32], "Float32", b"1234")),
     "negative": message(("w", [-1, -4], "Int8", b"1234")),
     "no_content": message(("w", [1], "Int32", b"1234")).replace(b"\x1a\x04", b"\x2a\x04"),
