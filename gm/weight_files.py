@@ -1,0 +1,144 @@
+"""Weight files as tables of tensors that are read one at a time: safetensors and MindSpore's .ckpt.
+
+Nothing here knows a model. Only headers are read until a tensor's `read` is called, so that what is done with a file
+of any size needs the memory of one tensor. Tensors are read, not memory-mapped: mapped pages count as this process's
+memory. Every length and offset is checked against the file's size before it is used.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from gm import ckpt_format, safetensors_format
+from gm.atomic_file import atomic_file
+
+_SAFETENSORS_NAMES = {
+    np.dtype(dtype): name
+    for name, dtype in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+        "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    }.items()
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()} | {"BF16": np.dtype(np.float32)}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose values are made when they are asked for.
+
+    Attributes:
+        shape: tuple of int.
+        dtype: numpy dtype of what `read` returns.
+        read: () -> array of that shape and dtype, freshly made at each call.
+    """
+
+    shape: tuple
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def map(self, function, shape=None):
+        """The tensor function(values), of another shape if one is given."""
+        return LazyTensor(self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read()))
+
+    def astype(self, dtype):
+        """The tensor in another floating-point type; integers stay what they are.
+
+        Raises:
+            ValueError: at reading, if a finite value overflows the type.
+        """
+        dtype = np.dtype(dtype)
+        if dtype == self.dtype or not np.issubdtype(self.dtype, np.floating):
+            return self
+        return LazyTensor(self.shape, dtype, lambda: _cast(self.read(), dtype))
+
+
+def _cast(values, dtype):
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not np.isfinite(cast).all() and np.isfinite(values).all():
+        raise ValueError(f"a value of {np.abs(values).max():g} does not fit {dtype}; keep the weights in float32.")
+    return cast
+
+
+def in_memory(array):
+    """A LazyTensor of an array."""
+    array = np.asarray(array)
+    return LazyTensor(array.shape, array.dtype, lambda: array)
+
+
+def open_weights(path):
+    """The tensors of one weight file; its format is told from its first bytes, not from its name.
+
+    Returns:
+        dict of name -> LazyTensor. bfloat16 arrives as float32, which holds it exactly; texts stored in a .ckpt are
+        0-dimensional arrays of type str.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another type, truncated or corrupt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is not a file.")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if len(start) > 8 and start[8:9] == b"{":
+        index, _ = safetensors_format.read_safetensors_index(path)
+        read = functools.partial(safetensors_format.read_safetensors_entry, path)
+        return {name: LazyTensor(e.shape, _DTYPES[e.dtype], functools.partial(read, e)) for name, e in index.items()}
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise ValueError(
+            f"{path} is a PyTorch pickle, which can run code when it is read; "
+            "convert it to .safetensors with a tool that you trust."
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it came from.")
+    if start[:1] == b"\x0a":  # field 1 of a protobuf message
+        index = ckpt_format.read_ckpt_index(path)
+        read = functools.partial(ckpt_format.read_ckpt_entry, path)
+        return {name: LazyTensor(e.shape, _ckpt_dtype(e), functools.partial(read, e)) for name, e in index.items()}
+    what = "empty" if not start else "neither a safetensors file nor a MindSpore .ckpt"
+    raise ValueError(f"{path} is {what}; it may be an interrupted download.")
+
+
+def _ckpt_dtype(entry):
+    return np.dtype({"str": np.str_, "BFloat16": np.float32}.get(entry.dtype) or entry.dtype.lower())
+
+
+def write_safetensors(path, tensors, *, metadata=None):
+    """Write a safetensors file, one tensor in memory at a time; it appears under its name only when it is whole.
+
+    Args:
+        tensors: dict of name -> LazyTensor.
+        metadata: dict of str -> str for the header.
+    """
+    header, position = {"__metadata__": metadata} if metadata else {}, 0
+    # Wider types first, so that every tensor is aligned to its own width.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        tensor = tensors[name]
+        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor, values = tensors[name], tensors[name].read()
+            assert values.shape == tensor.shape and values.dtype == tensor.dtype, name
+            file.write(np.ascontiguousarray(values).data)
+
+
+def write_ckpt(path, tensors):
+    """Write name -> LazyTensor as a MindSpore checkpoint, which `mindspore.load_checkpoint` reads."""
+    ckpt_format.write_ckpt(path, ((name, tensor.read()) for name, tensor in tensors.items()))
