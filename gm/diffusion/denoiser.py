@@ -3,8 +3,6 @@
 D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)   (EDM, eq. 7)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which noise levels a sampler visits and a model was trained on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +91,11 @@ class DiffusersDDPMDiscretization(DDPMDiscretization):
 
     def __post_init__(self):
         if self.interpolation_type not in ("linear", "log_linear"):
-            raise ValueError(f"interpolation_type is '{self.interpolation_type}'; use linear or log_linear.")
+            raise ValueError(f"interpolation_type is '{self.interpolation_type}', not linear or log_linear.")
         if self.timestep_spacing not in ("leading", "trailing", "linspace"):
-            raise ValueError(f"timestep_spacing is '{self.timestep_spacing}'; use leading, trailing or linspace.")
+            raise ValueError(
+                f"timestep_spacing is '{self.timestep_spacing}', not leading, trailing or linspace."
+            )
 
     def timesteps(self, n):
         last = self.num_timesteps - 1

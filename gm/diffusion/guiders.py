@@ -1,7 +1,5 @@
 """How conditional and unconditional predictions combine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which noise levels training draws, and what the network should answer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,11 +4,10 @@ All follow x as sigma falls along dx/dsigma = (x - D(x, sigma)) / sigma (EDM, eq
 noise on the way.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -107,7 +106,9 @@ class BaseDiffusionSampler:
             x = x * math.sqrt(1 + sigmas[0] ** 2)
         else:
             x = init if x is None else init + sigmas[0] * x
-        for step, x in enumerate(self.trajectory(denoised, x, sigmas, noise or self._no_noise), start=1):
+        states = self.trajectory(denoised, x, sigmas, noise or self._no_noise)
+        for step, state in enumerate(states, start=1):
+            x = state
             if callback is not None:
                 callback(step, total)
         return x
@@ -125,10 +126,6 @@ class BaseDiffusionSampler:
             noise: () -> N(0, 1) like x.
         """
         raise NotImplementedError
-
-
-def pairs(sigmas):
-    return zip(sigmas[:-1], sigmas[1:])
 
 
 def towards(x, denoised, ratio):
@@ -163,7 +160,7 @@ class EulerEDMSampler(EDMSampler):
     """Euler's method: first order (EDM, algorithm 2 without lines 9 to 11)."""
 
     def trajectory(self, denoise, x, sigmas, noise):
-        for sigma, sigma_next in pairs(sigmas):
+        for sigma, sigma_next in pairwise(sigmas):
             x, sigma = self.churn(x, sigma, len(sigmas) - 1, noise)
             x = towards(x, denoise(x, sigma), sigma_next / sigma)
             yield x
@@ -174,7 +171,7 @@ class HeunEDMSampler(EDMSampler):
     """Heun's method: second order, two network calls a step, the step to 0 by Euler (EDM, algorithm 2)."""
 
     def trajectory(self, denoise, x, sigmas, noise):
-        for sigma, sigma_next in pairs(sigmas):
+        for sigma, sigma_next in pairwise(sigmas):
             x, sigma = self.churn(x, sigma, len(sigmas) - 1, noise)
             slope = (x - denoise(x, sigma)) / sigma
             ahead = x + (sigma_next - sigma) * slope
@@ -201,7 +198,7 @@ class AncestralSampler(BaseDiffusionSampler):
         return math.sqrt(sigma_next**2 - up**2), up
 
     def trajectory(self, denoise, x, sigmas, noise):
-        for sigma, sigma_next in pairs(sigmas):
+        for sigma, sigma_next in pairwise(sigmas):
             down, up = self.split(sigma, sigma_next)
             x = self.descend(denoise, x, sigma, down)
             if up > 0:
@@ -250,7 +247,7 @@ class DPMPP2MSampler(BaseDiffusionSampler):
 
     def trajectory(self, denoise, x, sigmas, noise):
         previous = previous_h = None
-        for sigma, sigma_next in pairs(sigmas):
+        for sigma, sigma_next in pairwise(sigmas):
             denoised = denoise(x, sigma)
             if sigma_next == 0:
                 yield denoised
@@ -293,7 +290,8 @@ class LinearMultistepSampler(BaseDiffusionSampler):
         for i, sigma in enumerate(sigmas[:-1]):
             slopes = [(x - denoise(x, sigma)) / sigma, *slopes[: self.order - 1]]
             visited = sigmas[i::-1][: len(slopes)]  # where each was taken
-            x = x + sum(w * s for w, s in zip(_adams_weights(visited, sigmas[i + 1]), slopes))
+            weights = _adams_weights(visited, sigmas[i + 1])
+            x = x + sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
             yield x
 
 
@@ -326,7 +324,7 @@ class LCMSampler(BaseDiffusionSampler):
             raise ValueError("LCMSampler needs time steps: use LCMDiscretization or another DDPM one.")
 
     def trajectory(self, denoise, x, sigmas, noise):
-        for sigma, sigma_next in pairs(sigmas):
+        for sigma, sigma_next in pairwise(sigmas):
             u = self.timestep_scaling * float(self.discretization.timestep(sigma))
             norm = math.hypot(u, self.sigma_data)
             c_skip, c_out = (self.sigma_data / norm) ** 2, u / norm

@@ -17,7 +17,9 @@ def per_picture(sigma):
     return sigma[:, None, None, None]
 
 
-@pytest.mark.parametrize("scaling", [d.EpsScaling(), d.VScaling(), d.VScalingWithEDMcNoise(), d.EDMScaling(0.5)])
+@pytest.mark.parametrize(
+    "scaling", [d.EpsScaling(), d.VScaling(), d.VScalingWithEDMcNoise(), d.EDMScaling(0.5)]
+)
 def test_a_perfect_network_gives_back_the_clean_latents(scaling):
     z0, eps = batch()
     sigma = per_picture(SIGMA)
@@ -31,7 +33,9 @@ def test_a_perfect_network_gives_back_the_clean_latents(scaling):
     np.testing.assert_allclose(denoised, z0, atol=1e-12)
 
 
-@pytest.mark.parametrize("scaling, sigma_data", [(d.EpsScaling(), 1), (d.VScaling(), 1), (d.EDMScaling(0.5), 0.5)])
+@pytest.mark.parametrize(
+    "scaling, sigma_data", [(d.EpsScaling(), 1), (d.VScaling(), 1), (d.EDMScaling(0.5), 0.5)]
+)
 def test_the_network_sees_unit_variance(scaling, sigma_data):
     c_in = scaling(SIGMA)[2]
     np.testing.assert_allclose(c_in**2 * (sigma_data**2 + SIGMA**2), 1)
@@ -44,7 +48,11 @@ def test_edm_networks_take_a_quarter_of_log_sigma(scaling):
 
 @pytest.mark.parametrize(
     "scaling, weighting",
-    [(d.EpsScaling(), d.EpsWeighting()), (d.VScaling(), d.VWeighting()), (d.EDMScaling(0.4), d.EDMWeighting(0.4))],
+    [
+        (d.EpsScaling(), d.EpsWeighting()),
+        (d.VScaling(), d.VWeighting()),
+        (d.EDMScaling(0.4), d.EDMWeighting(0.4)),
+    ],
 )
 def test_each_weighting_makes_the_networks_own_error_count_alike(scaling, weighting):
     np.testing.assert_allclose(weighting(SIGMA) * scaling(SIGMA)[1] ** 2, 1)

@@ -33,7 +33,7 @@ def test_guidance_extrapolates_from_unconditional_to_conditional():
 @pytest.mark.parametrize("guider", [IdentityGuider(), VanillaCFG(1), VanillaCFG(1.0, DynamicThresholding())])
 def test_without_guidance_nothing_is_doubled(guider):
     given = inputs()
-    for got, expected in zip(guider.prepare(*given[:3], None), given):
+    for got, expected in zip(guider.prepare(*given[:3], None), given[:3], strict=True):
         assert got is expected
     _, cond = predictions()
     np.testing.assert_array_equal(guider.combine(cond), cond)
@@ -49,7 +49,9 @@ def test_thresholding_keeps_guided_latents_in_the_range_of_the_conditional_ones(
     guider = VanillaCFG(12, dyn_thresh=DynamicThresholding(percentile=1.0))
     guided = guider.combine(np.concatenate((uncond, cond)))
     assert guided.dtype == np.float32
-    np.testing.assert_allclose(np.abs(guided).max(axis=(1, 2, 3)), np.abs(cond).max(axis=(1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.abs(guided).max(axis=(1, 2, 3)), np.abs(cond).max(axis=(1, 2, 3)), rtol=1e-6
+    )
     # At percentile 1 nothing is clipped: the picture is scaled as a whole.
     free = uncond + 12 * (cond - uncond)
     np.testing.assert_allclose(np.ptp(guided / free, axis=(1, 2, 3)), 0, atol=1e-5)

@@ -44,7 +44,9 @@ def test_it_is_the_weighted_error_of_the_denoised_latents(scaling, weighting, of
     expected = weighting(sigma) * np.mean((denoised - z0) ** 2, axis=(1, 2, 3))
 
     _, _, target, weight = StandardDiffusionLoss().prepare(denoiser, z0, eps=eps, sigma=sigma)
-    np.testing.assert_allclose(weight * np.mean((prediction - target) ** 2, axis=(1, 2, 3)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        weight * np.mean((prediction - target) ** 2, axis=(1, 2, 3)), expected, rtol=1e-5
+    )
 
 
 def test_the_loss_may_bring_its_own_weighting():

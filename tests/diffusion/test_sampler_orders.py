@@ -98,7 +98,9 @@ def test_with_noise_the_variance_converges_to_that_of_the_data(sampler, expected
 @pytest.mark.parametrize("sampler, _", STOCHASTIC, ids=lambda value: type(value).__name__)
 def test_with_noise_the_mean_follows_its_path(sampler, _):
     n, silent = 160, lambda: 0.0
-    at_the_mean = sampler(denoiser(MEAN), None, {}, init=np.full((1, 1, 1, 1), MEAN), num_steps=n, noise=silent)
+    at_the_mean = sampler(
+        denoiser(MEAN), None, {}, init=np.full((1, 1, 1, 1), MEAN), num_steps=n, noise=silent
+    )
     assert at_the_mean.item() == pytest.approx(MEAN)
 
 

@@ -76,7 +76,7 @@ def test_the_last_step_ends_at_the_last_estimate(sampler):
 
 @pytest.mark.parametrize(
     "sampler, calls_expected",
-    list(zip(ALL, [6, 11, 6, 11, 6, 6, 6, 6])),
+    list(zip(ALL, [6, 11, 6, 11, 6, 6, 6, 6], strict=True)),
     ids=lambda value: type(value).__name__ if isinstance(value, s.BaseDiffusionSampler) else None,
 )
 def test_network_calls_of_six_steps(sampler, calls_expected):
@@ -84,6 +84,13 @@ def test_network_calls_of_six_steps(sampler, calls_expected):
     run(sampler, recorder(calls), callback=lambda step, total: steps.append((step, total)))
     assert len(calls) == calls_expected
     assert steps == [(i, 6) for i in range(1, 7)]
+
+
+def test_2s_looks_at_the_geometric_mean_of_two_levels():
+    calls = []
+    run(s.DPMPP2SAncestralSampler(SDXL, eta=0), recorder(calls))
+    levels = [sigma[0] for _, sigma, _ in calls]
+    assert levels[1] == pytest.approx(math.sqrt(levels[0] * levels[2]))
 
 
 def test_second_order_2m_without_noise_is_the_sde_sampler_without_noise():
@@ -176,7 +183,7 @@ def test_lcm_scalings_are_those_of_the_paper():
     sigma = LCMDiscretization().training_sigmas()[1]
     (result,) = sampler.trajectory(lambda x, sigma: 0 * x, np.ones(SHAPE), [float(sigma), 0.0], None)
     np.testing.assert_allclose(result, 0.25 / (10**2 + 0.25) / math.hypot(1, sigma))
-    (result,) = sampler.trajectory(lambda x, sigma: np.ones(SHAPE), np.zeros(SHAPE), [float(sigma), 0.0], None)
+    (result,) = sampler.trajectory(lambda x, sigma: x + 1, np.zeros(SHAPE), [float(sigma), 0.0], None)
     np.testing.assert_allclose(result, 10 / math.sqrt(10**2 + 0.25))
 
 
