@@ -123,8 +123,9 @@ def write_ckpt(path, items, *, metadata=None):
             value_header = tag + _header(2, len(tensor) + len(content)) + tensor
             file.write(_header(1, len(value_header) + len(content)) + value_header)
             file.write(content)
-        if metadata:
-            file.write(_delimited(_METADATA_FIELD, json.dumps(metadata, sort_keys=True).encode()))
+            if metadata:  # behind the first value: not at the end, where a cut file would lose it unnoticed
+                file.write(_delimited(_METADATA_FIELD, json.dumps(metadata, sort_keys=True).encode()))
+                metadata = None
 
 
 def _read_index(path):

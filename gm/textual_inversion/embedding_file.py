@@ -263,6 +263,10 @@ def _recognise(path, content, token):
         if missing:
             raise ValueError(f"it holds one text encoder's vectors only; '{missing[0]}' is missing")
         clip_l, clip_g = (_read_rows(name, tensors[name]) for name in _PAIRS[format])
+        if format == "ckpt" and token is None and not set(_CKPT_VALUES) <= set(content.values):
+            raise ValueError(
+                "it lacks placeholder_token or num_vectors; if it is whole, name the token yourself"
+            )
         token = token or metadata.get("ti.token") or content.values.get("placeholder_token") or path.stem
     elif len(tensors) == 1:
         format = "diffusers"

@@ -1,5 +1,4 @@
 import collections
-import io
 import json
 import pickle
 import subprocess
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gm.textual_inversion.embedding_file import FORMATS, Embedding, file_stem, read_embedding, write_embedding
+from tests.torch_files import Named, Storage, Tensor, torch_file, torch_pickle
 
 RNG = np.random.default_rng(0)
 L, G = "clip_l", "clip_g"
@@ -105,12 +105,14 @@ def test_torch_names_in_a_ckpt_are_read_and_other_tensors_passed_over(tmp_path):
         {"name": "conditioner.embedders.1.model.positional_embedding", "data": ms.Tensor(rows(77, 12))}
     ]
     ms.save_checkpoint(save, str(tmp_path / "word.ckpt"))
-    back = read_embedding(tmp_path / "word.ckpt")
-    assert back.token == "word" and np.array_equal(back.clip_g, embedding.clip_g)
+    with pytest.raises(ValueError, match="lacks placeholder_token or num_vectors"):
+        read_embedding(tmp_path / "word.ckpt")
+    back = read_embedding(tmp_path / "word.ckpt", token="<word>")
+    assert back.token == "<word>" and np.array_equal(back.clip_g, embedding.clip_g)
 
 
 def test_webui_file_has_exactly_the_keys_of_its_readers(tmp_path):
-    """A1111, ComfyUI, kohya: clip_l [n, 768], clip_g [n, 1280], floating point; the file's name is the word."""
+    """A1111, ComfyUI, kohya: clip_l [n, 768] and clip_g [n, 1280]; the file's name is the word."""
     embedding = toy(clip_l=rows(2, 768), clip_g=rows(2, 1280))
     path = tmp_path / (file_stem(embedding.token) + ".safetensors")
     write_embedding(path, embedding, format="webui")
@@ -184,57 +186,6 @@ def test_the_word_comes_from_the_caller_then_the_file_then_its_name(tmp_path):
 
 
 # ---------------------------------------------------------------- torch files
-
-
-def torch_file(path, pickled, records=(), compression=zipfile.ZIP_STORED, byteorder=b"little"):
-    """A zip of torch.save's shape."""
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/byteorder", byteorder)
-        for key, content in dict(records).items():
-            archive.writestr(f"archive/data/{key}", content)
-
-
-class Named:
-    """Pickles as a reference to a global of another module, such as torch's."""
-
-    def __init__(self, module, name):
-        self.module, self.name = module, name
-
-
-class Tensor:
-    def __init__(self, key, shape, kind="FloatStorage", strides=None, offset=0):
-        self.strides = strides or tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
-        self.key, self.shape, self.kind, self.offset = key, shape, kind, offset
-
-
-class TorchPickler(pickle._Pickler):
-    """Writes tensors with the instructions that torch.save uses."""
-
-    def persistent_id(self, obj):
-        return obj.persistent if isinstance(obj, Storage) else None
-
-    def save(self, obj, save_persistent_id=True):
-        if isinstance(obj, Named):
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
-        elif isinstance(obj, Tensor):
-            self.save(Named("torch._utils", "_rebuild_tensor_v2"))
-            storage = Storage(("storage", Named("torch", obj.kind), obj.key, "cpu", 0))
-            self.save((storage, obj.offset, obj.shape, obj.strides, False, {}))
-            self.write(pickle.REDUCE)
-        else:
-            super().save(obj, save_persistent_id)
-
-
-class Storage:
-    def __init__(self, persistent):
-        self.persistent = persistent
-
-
-def torch_pickle(obj):
-    out = io.BytesIO()
-    TorchPickler(out, protocol=2).dump(obj)
-    return out.getvalue()
 
 
 def write_pt(path, embedding, **others):
