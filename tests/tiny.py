@@ -53,7 +53,7 @@ SDXL = {
 }
 VOCAB = 734  # of fixtures/tiny_tokenizer; the last two are <|startoftext|> and <|endoftext|>
 TINY = {
-    "base": Size(32, (1, 2, 4), 2, (0, 1, 2, 2), 48 + 6 * 256, TextSize(32, 3, VOCAB), TextSize(48, 3, VOCAB),
+    "base": Size(32, (1, 2, 4), 1, (0, 1, 2, 2), 48 + 6 * 256, TextSize(32, 3, VOCAB), TextSize(48, 3, VOCAB),
                  32, (1, 2, 2, 2), 1),
     "refiner": Size(32, (1, 2, 2, 2), 1, (0, 1, 1, 0, 1), 48 + 5 * 256, None, TextSize(48, 3, VOCAB),
                     32, (1, 2, 2, 2), 1),
@@ -227,13 +227,16 @@ def _add_vae(size, layer):
     layer(f"{at}.decoder.conv_out", 3, ch, 3, 3)
 
 
-# Residual streams are kept small (a deviation of about 0.1), so that the epsilon of every norm shows in the result;
-# the context is one, and is read at full size.
-TO_STREAM = re.compile(
+# Residual streams are kept small (a deviation of about 0.1), so that the epsilon of every norm shows in the result:
+# weights that lead into a stream are small, those that lead from one to the next keep its size. The context is one
+# too, and is read at full size.
+GAINS = {
     r"input_blocks\.0\.0|in_layers\.2|out_layers\.3|emb_layers|proj_in\.|to_out|ff\.net\.2|out_proj|mlp\.fc2|c_proj"
-    r"|\.conv_in|conv1|conv2|attn_1\.proj_out"
-)
-FROM_CONTEXT = re.compile(r"attn2\.to_[kv]")
+    r"|\.conv_in|conv1|conv2|attn_1\.proj_out": (0.03, 0.003),  # of weights and of biases
+    r"skip_connection|\.op\.|blocks\.\d+\.\d\.conv\.|1\.proj_out|nin_shortcut|sample\.conv": (1, 0.003),
+    r"attn2\.to_[kv]": (10, 0),
+    r"decoder\.conv_out": (0.2, 0.02),  # pixels within [-1, 1]
+}
 
 
 def _random_tensor(name, shape, seed):
@@ -244,9 +247,9 @@ def _random_tensor(name, shape, seed):
         return np.float32(np.log(100))
     # RandomState, because its stream is frozen: the stored reference numbers depend on it.
     values = np.random.RandomState([seed, zlib.crc32(name.encode())]).standard_normal(shape)
-    gain = 0.03 if TO_STREAM.search(name) else 10 if FROM_CONTEXT.search(name) else 1
+    gain, bias_gain = next((gains for names, gains in GAINS.items() if re.search(names, name)), (1, 0.1))
     if name.endswith("bias"):
-        values *= 0.1 * gain
+        values *= bias_gain
     elif len(shape) == 1:  # a norm's weight
         values = 1 + 0.1 * values
     elif "embedding" in name:

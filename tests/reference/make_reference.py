@@ -178,14 +178,14 @@ def text_and_networks(model, refiner, draw):
     vector = model.vector(pooled, sizes)
     yield "size", dict(numbers=sizes, embedded=vector[:, 48:])
 
-    x_1, t_1 = draw(5, 1, 4, 12, 8), torch.tensor([[0], [1], [250], [500], [999]])
-    x_2, t_2 = draw(2, 2, 4, 8, 8), torch.tensor([[999, 0], [250, 500]])
+    x_1, t_1 = draw(1, 1, 4, 12, 8), torch.tensor([[500]])
+    x_2, t_2 = draw(5, 2, 4, 8, 8), torch.tensor([[0, 999], [1, 250], [250, 250], [500, 1], [999, 0]])
     out_1 = [model.predict_noise(x, t, context[:1], pooled[:1], sizes[:1]) for x, t in zip(x_1, t_1, strict=True)]
     out_2 = [model.predict_noise(x, t, context, pooled, sizes) for x, t in zip(x_2, t_2, strict=True)]
     yield "unet", dict(x_1=x_1, t_1=t_1, out_1=torch.stack(out_1), x_2=x_2, t_2=t_2, out_2=torch.stack(out_2),
                        context=context, vector=vector)
 
-    x, t, refiner_context = draw(1, 1, 4, 16, 8), torch.tensor([[250]]), draw(1, 77, 48)
+    x, t, refiner_context = draw(1, 1, 4, 16, 8), torch.tensor([[250]]), 0.1 * draw(1, 77, 48)
     refiner_pooled, refiner_sizes = draw(1, 48), torch.tensor([[1024.0, 768, 0, 0, 6.0]])
     out = refiner.predict_noise(x[0], t[0], refiner_context, refiner_pooled, refiner_sizes)
     yield "refiner", dict(x_1=x, t_1=t, out_1=out[None], context=refiner_context,
