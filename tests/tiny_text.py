@@ -29,8 +29,8 @@ def build_conditioner(size, *, kind="base", version=TOKENIZER, max_length=77):
     text = size.clip_g
     embedders.append(
         FrozenOpenCLIPEmbedder2(
-            width=text.width, layers=text.layers, heads=HEADS[text.width], embed_dim=text.width, vocab_size=text.vocab,
-            **shared,
+            width=text.width, layers=text.layers, heads=HEADS[text.width], embed_dim=text.width,
+            vocab_size=text.vocab, **shared,
         )
     )  # fmt: skip
     embedders += [ConcatTimestepEmbedderND(outdim=256, input_key=key) for key in SIZE_KEYS[kind]]

@@ -35,7 +35,7 @@ class GeneralConditioner(nn.Cell):
         super().__init__()
         is_text = [isinstance(embedder, TextEmbedder) for embedder in emb_models]
         if is_text != sorted(is_text, reverse=True):
-            raise ValueError("GeneralConditioner: text encoders must come first in emb_models, as in SDXL's YAML.")
+            raise ValueError("GeneralConditioner: in emb_models, text encoders must come before the others.")
         self.embedders = nn.CellList(emb_models)
         for parameter in self.get_parameters():
             parameter.requires_grad = False
@@ -73,8 +73,8 @@ class GeneralConditioner(nn.Cell):
 
         Args:
             batch: as in `prepare`.
-            zero_text: (B,) bools, samples whose text is replaced by zeros, as SDXL base has it for an empty negative
-                prompt; their sizes stay.
+            zero_text: (B,) bools, samples whose text is replaced by zeros, as SDXL base has it for an empty
+                negative prompt; their sizes stay.
 
         Returns:
             vector (B, D), context (B, chunks * 77, C), float32 numpy.

@@ -1,7 +1,7 @@
 """What SDXL is conditioned on: two text encoders and numbers about size. SGM's class names and parameters.
 
-Every embedder knows the key of its input in a batch, makes its array on the host (`prepare`), and as a Cell turns
-that array into a tuple of tensors: (B, L, width) for cross attention, (B, width) for the vector conditioning.
+Every embedder knows the key of its input in a batch, makes its array on the host (`prepare`), and as a Cell
+turns that array into a tuple of tensors: (B, L, width) for cross attention, (B, width) for the vector.
 """
 
 import mindspore as ms
@@ -20,7 +20,7 @@ OPEN_CLIP_WEIGHTS = "laion2b_s39b_b160k"
 class TextEmbedder(nn.Cell):
     """A frozen text encoder with its tokenizer.
 
-    ids: (B, chunks, L) int32 -> context (B, chunks * L, width), and maybe pooled (B, embed_dim), both float32.
+    ids: (B, chunks, L) int32 -> context (B, chunks * L, width) and maybe pooled (B, embed_dim), float32.
     """
 
     rows_name: str  # of learned rows for this encoder, in embedding files
@@ -29,7 +29,8 @@ class TextEmbedder(nn.Cell):
         super().__init__()
         if tokenizer.vocab_size != vocab_size:
             raise ValueError(
-                f"{type(self).__name__}: vocab_size is {vocab_size}, but its tokenizer has {tokenizer.vocab_size} tokens."
+                f"{type(self).__name__}: vocab_size is {vocab_size}, but its tokenizer has "
+                f"{tokenizer.vocab_size} tokens."
             )
         self.tokenizer = tokenizer
         self.input_key, self.width, self.pooled_width = input_key, width, pooled_width
@@ -40,7 +41,7 @@ class TextEmbedder(nn.Cell):
 
 
 class FrozenCLIPEmbedder(TextEmbedder):
-    """SDXL's first text encoder, CLIP ViT-L/14: the states that enter layer `layer_idx` (0 is the first layer).
+    """SDXL's first text encoder, CLIP ViT-L/14: the states that enter layer `layer_idx`, from 0.
 
     Args:
         layer: "hidden", the only one that SDXL uses.
@@ -50,14 +51,14 @@ class FrozenCLIPEmbedder(TextEmbedder):
     rows_name = "clip_l"
 
     def __init__(
-        self, *, input_key="txt", layer="hidden", layer_idx=11, version=None, max_length=77, width=768, layers=12,
-        heads=12, vocab_size=49408,
+        self, *, input_key="txt", layer="hidden", layer_idx=11, version=None, max_length=77,
+        width=768, layers=12, heads=12, vocab_size=49408,
     ):  # fmt: skip
         super().__init__(Tokenizer(version, max_length=max_length, pad="eos"), input_key, width, vocab_size)
         if layer != "hidden" or not 0 <= layer_idx <= layers:
             raise ValueError(
-                f"FrozenCLIPEmbedder: layer {layer!r} and layer_idx {layer_idx} are not supported; SDXL takes the layer "
-                f"'hidden' with a layer_idx from 0 to {layers}."
+                f"FrozenCLIPEmbedder: layer {layer!r} with layer_idx {layer_idx} is not supported; SDXL "
+                f"takes 'hidden' with a layer_idx from 0 to {layers}."
             )
         self.transformer = CLIPTextModel(
             width=width, layers=layers, heads=heads, vocab_size=vocab_size, max_length=max_length,
@@ -75,7 +76,7 @@ class FrozenCLIPEmbedder(TextEmbedder):
 
 
 class FrozenOpenCLIPEmbedder2(TextEmbedder):
-    """SDXL's second text encoder, OpenCLIP ViT-bigG/14: penultimate states and the pooled vector of the first chunk.
+    """SDXL's second text encoder, OpenCLIP ViT-bigG/14: penultimate states, the first chunk's pooled vector.
 
     Args:
         layer: "penultimate", the only one that SDXL uses.
@@ -85,16 +86,18 @@ class FrozenOpenCLIPEmbedder2(TextEmbedder):
     rows_name = "clip_g"
 
     def __init__(
-        self, *, input_key="txt", layer="penultimate", version=None, max_length=77, width=1280, layers=32, heads=20,
-        embed_dim=1280, vocab_size=49408,
+        self, *, input_key="txt", layer="penultimate", version=None, max_length=77,
+        width=1280, layers=32, heads=20, embed_dim=1280, vocab_size=49408,
     ):  # fmt: skip
         tokenizer = Tokenizer(None if version == OPEN_CLIP_WEIGHTS else version, max_length=max_length, pad=0)
         super().__init__(tokenizer, input_key, width, vocab_size, pooled_width=embed_dim)
         if layer != "penultimate":
-            raise ValueError(f"FrozenOpenCLIPEmbedder2: layer {layer!r} is not supported; SDXL takes 'penultimate'.")
+            raise ValueError(
+                f"FrozenOpenCLIPEmbedder2: layer {layer!r} is not supported, only 'penultimate'."
+            )
         self.model = OpenCLIPTextModel(
-            width=width, layers=layers, heads=heads, embed_dim=embed_dim, vocab_size=vocab_size, max_length=max_length,
-            eos_id=tokenizer.eos_id,
+            width=width, layers=layers, heads=heads, embed_dim=embed_dim, vocab_size=vocab_size,
+            max_length=max_length, eos_id=tokenizer.eos_id,
         )  # fmt: skip
 
     @property

@@ -11,8 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
+from huggingface_hub import constants, hf_hub_download
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
@@ -32,10 +32,10 @@ def load_clip_tokenizer(version=None):
     """CLIP's tokenizer.
 
     Args:
-        version: a folder with vocab.json and merges.txt, a name on the Hugging Face hub, or None for CLIP's own.
+        version: a folder with vocab.json and merges.txt, a name on the Hugging Face hub, or None: CLIP's own.
 
-    A name is looked up in the hub's cache, then on the hub; without a network, the vocabulary inside an installed
-    open_clip_torch is read.
+    A name is looked up in the hub's cache, then on the hub; without a network, the vocabulary inside an
+    installed open_clip_torch is read.
 
     Raises:
         FileNotFoundError: none of these is there.
@@ -50,12 +50,13 @@ def load_clip_tokenizer(version=None):
     if tokenizer is None:
         tokenizer = _from_open_clip()
         if tokenizer is not None and name != CLIP_NAME:
-            logger.warning("The hub does not give the tokenizer '%s'; CLIP's own is taken, from open_clip_torch.", name)
+            logger.warning("The hub does not give the tokenizer '%s'; open_clip_torch's is taken.", name)
     if tokenizer is None:
         raise FileNotFoundError(
-            f"No tokenizer for version '{name}': it is no folder, and the Hugging Face hub does not give it. Do one of "
-            "these: set the text encoders' `version` in the YAML to a folder that holds vocab.json and merges.txt; "
-            "connect to the hub; or `pip install --no-deps open_clip_torch`, which brings the vocabulary along."
+            f"No tokenizer for version '{name}': it is no folder, and the Hugging Face hub does not give it. "
+            "Do one of these: set the text encoders' `version` in the YAML to a folder with vocab.json and "
+            "merges.txt; connect to the hub; or `pip install --no-deps open_clip_torch`, which brings the "
+            "vocabulary along."
         )
     return tokenizer
 
@@ -71,14 +72,14 @@ def _from_hub(name, *, local_files_only):
     if not local_files_only and not _hub_answers():
         return None
     try:
-        paths = [huggingface_hub.hf_hub_download(name, file, local_files_only=local_files_only) for file in FILES]
+        paths = [hf_hub_download(name, file, local_files_only=local_files_only) for file in FILES]
     except (OSError, ValueError):  # not there, or not a name of the form that the hub has
         return None
     return _from_files(*paths)
 
 
 def _hub_answers():
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
     except urllib.error.HTTPError:
@@ -119,8 +120,8 @@ _GRAMMAR = r"(?P<escape>\\[\\()\[\]]?)|(?P<bracket>[(\[\])])|:\s*(?P<weight>[+-]
 def parse_weights(prompt, *, atoms=None):
     r"""Split a prompt at AUTOMATIC1111's attention brackets.
 
-    (x) is 1.1 times as strong, [x] 1/1.1 times, (x:1.3) 1.3 times; they nest; \( \) \[ \] \\ are literal, any
-    other backslash is dropped. A bracket that is never closed reaches to the end; one that was never opened is literal.
+    (x) is 1.1 times as strong, [x] 1/1.1 times, (x:1.3) 1.3 times; they nest. \( \) \[ \] \\ are literal, any
+    other backslash is dropped. A bracket that is never closed reaches to the end; an unopened one is literal.
 
     Args:
         atoms: regular expression of words to keep whole, whatever brackets they contain.
@@ -204,7 +205,7 @@ class Tokenizer:
         if not word or " " in word:
             raise ValueError(f"--placeholder_token '{token}' must be one word, such as '<my-cat>'.")
         if word in self.placeholders:
-            raise ValueError(f"--placeholder_token '{token}' was added before; each learned word needs its own name.")
+            raise ValueError(f"--placeholder_token '{token}' was added before; choose another word.")
         ids = self._plain_ids(word)
         if len(ids) == 1:
             raise ValueError(
@@ -240,7 +241,7 @@ class Tokenizer:
         return " ".join(name or self._clip.decode(list(group)) for name, group in parts)
 
     def encode(self, prompts):
-        """Ids for training: one chunk a prompt, brackets literal. What does not fit is cut and named in a warning.
+        """Ids for training: one chunk a prompt, brackets literal. What does not fit is cut, and logged.
 
         Returns:
             (B, 1, max_length) int32.
@@ -250,8 +251,8 @@ class Tokenizer:
             ids = self.ids(prompt)
             if len(ids) > self.room and prompt not in self._cut:
                 self._cut.add(prompt)
-                logger.warning("'%s' has %d tokens, and %d fit; lost: %s", prompt, len(ids), self.room,
-                               self.text(ids[self.room :]))
+                lost = self.text(ids[self.room :])
+                logger.warning("'%s' has %d tokens, and %d fit; lost: %s", prompt, len(ids), self.room, lost)
             rows.append([self._chunk(ids[: self.room])])
         return np.array(rows, np.int32)
 
@@ -264,14 +265,14 @@ class Tokenizer:
             ids (B, chunks, max_length) int32, weights (B, chunks, max_length) float32.
         """
         prompts = [self._chunks(prompt) for prompt in prompts]
-        num_chunks = max(map(len, prompts))
-        ids, weights = [], []
-        for chunks in prompts:
-            chunks = chunks + [[]] * (num_chunks - len(chunks))
-            ids.append([self._chunk([i for i, _ in chunk]) for chunk in chunks])
-            weights.append([[1.0, *(w for _, w in chunk)] + [1.0] * (self.max_length - 1 - len(chunk))
-                            for chunk in chunks])
-        return np.array(ids, np.int32), np.array(weights, np.float32)
+        shape = (len(prompts), max(map(len, prompts)), self.max_length)
+        ids, weights = np.empty(shape, np.int32), np.ones(shape, np.float32)
+        ids[:] = self._chunk([])
+        for b, chunks in enumerate(prompts):
+            for c, chunk in enumerate(chunks):
+                ids[b, c] = self._chunk([i for i, _ in chunk])
+                weights[b, c, 1 : 1 + len(chunk)] = [weight for _, weight in chunk]
+        return ids, weights
 
     def _chunks(self, prompt):
         """A prompt as lists of at most `room` pairs (id, weight)."""
@@ -291,7 +292,8 @@ class Tokenizer:
         text = self.normalize(text)
         pattern = self._pattern()
         for part in re.split(f"({pattern})", text) if pattern else [text]:
-            yield from [self.placeholders[part]] if part in self.placeholders else ([i] for i in self._plain_ids(part))
+            own = self.placeholders.get(part)
+            yield from [own] if own else ([i] for i in self._plain_ids(part))
 
     def _pattern(self):
         """Regular expression of all learned words, longest first: one may begin like another."""

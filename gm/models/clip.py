@@ -1,4 +1,4 @@
-"""The text model of OpenAI's CLIP ViT-L/14 (Radford et al. 2021, sec. 2.4), with learned rows beside its vocabulary.
+"""The text model of OpenAI's CLIP ViT-L/14 (Radford et al. 2021, sec. 2.4), with learned tokens.
 
 Cells and parameters are named as in the original SDXL file, below ``conditioner.embedders.0.transformer``.
 """
@@ -24,7 +24,7 @@ class TokenEmbedding(Embedding):
         self.learned = None
 
     def set_learned(self, rows):
-        """Make `rows` (n, width) the learned Parameter, in place of an earlier one; before anything is compiled."""
+        """Make `rows` (n, width) the learned Parameter, in place of an earlier one. Not after compiling."""
         assert rows.shape[1] == self.width, rows.shape
         name = self.weight.name.removesuffix("weight") + "learned"
         self.learned = Parameter(Tensor(np.asarray(rows, np.float32)), name=name)
@@ -34,14 +34,15 @@ class TokenEmbedding(Embedding):
             return ops.cast(self.gather(self.weight, ids, 0), ms.float32)
         frozen = self.gather(self.weight, ops.minimum(ids, self.num_embeddings - 1), 0)
         learned = self.gather(self.learned, ops.maximum(ids - self.num_embeddings, 0), 0)
-        return ops.where(ops.expand_dims(ids >= self.num_embeddings, -1), learned, ops.cast(frozen, ms.float32))
+        is_learned = ops.expand_dims(ids >= self.num_embeddings, -1)
+        return ops.where(is_learned, learned, ops.cast(frozen, ms.float32))
 
 
 class CLIPTextModel(nn.Cell):
     """Hidden states of CLIP's text model.
 
-    ids: (B, L) int32, L <= max_length -> (B, L, width) float32: the states after `num_layers_run` layers, without the
-    final layer norm. The layers after those are there for the checkpoint's sake only.
+    ids: (B, L) int32, L <= max_length -> (B, L, width) float32: the states after `num_layers_run` layers,
+    without the final layer norm. The layers after those are there for the checkpoint's sake only.
     """
 
     def __init__(self, *, width, layers, heads, vocab_size, max_length, num_layers_run):
@@ -85,8 +86,8 @@ class _CLIPEncoder(nn.Cell):
         self.layers = nn.CellList([_CLIPEncoderLayer(width, heads) for _ in range(layers)])
 
     def construct(self, x):
-        for layer in self.layers[: self.num_layers_run]:
-            x = layer(x)
+        for i in range(self.num_layers_run):
+            x = self.layers[i](x)
         return x
 
 

@@ -14,8 +14,8 @@ from gm.models.layers import GELU, LayerNorm, Linear, empty_parameter
 class OpenCLIPTextModel(nn.Cell):
     """Penultimate states and pooled vector of OpenCLIP's text model.
 
-    ids: (B, L) int32 -> states (B, L, width) float32, the input of the last layer without the final layer norm;
-    pooled (B, embed_dim) float32, ln_final(last state) @ text_projection at the first `eos_id` of each text.
+    ids: (B, L) int32 -> states (B, L, width) float32, the input of the last layer, not normalised; pooled
+    (B, embed_dim) float32, ln_final(last state) @ text_projection at the first `eos_id` of each text.
     """
 
     def __init__(self, *, width, layers, heads, embed_dim, vocab_size, max_length, eos_id):
@@ -31,8 +31,8 @@ class OpenCLIPTextModel(nn.Cell):
         b, length = ids.shape
         x = self.token_embedding(ids) + ops.cast(self.positional_embedding[:length], ms.float32)
         states, last = self.transformer(x)
-        # Learned words lie above the end-of-text id, so the largest id does not mark the end of the text. Positions
-        # count down in the product because argmax over equal values may give any of them.
+        # Learned words lie above the end-of-text id, so the largest id does not mark the end of the text.
+        # Positions count down in the product because argmax over equal values may give any of them.
         is_end = ops.cast(ids == self.eos_id, ms.int32)
         end = ops.argmax(is_end * ops.arange(length, 0, -1), 1)  # (B,) first end of text
         rows = ops.reshape(last, (b * length, -1))
@@ -49,8 +49,8 @@ class _Transformer(nn.Cell):
         self.resblocks = nn.CellList([_ResidualBlock(width, heads) for _ in range(layers)])
 
     def construct(self, x):
-        for block in self.resblocks[:-1]:
-            x = block(x)
+        for i in range(len(self.resblocks) - 1):
+            x = self.resblocks[i](x)
         return x, self.resblocks[-1](x)
 
 

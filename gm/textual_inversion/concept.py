@@ -1,7 +1,7 @@
 """A new word that both text encoders can learn (Gal et al. 2022, "An Image is Worth One Word").
 
-Each encoder gets one Parameter of learned rows beside its frozen vocabulary; a placeholder token in a prompt expands
-to the ids of these rows. Nothing else of the model is trained.
+Each encoder gets one Parameter of learned rows beside its frozen vocabulary; a placeholder token in a prompt
+expands to the ids of these rows. Nothing else of the model is trained.
 """
 
 import logging
@@ -32,7 +32,7 @@ class Concept:
         return len(self.placeholder_ids)
 
     def parameters(self):
-        """The Parameter of learned rows of each encoder; it holds the rows of every concept that was added."""
+        """Each encoder's Parameter of learned rows; it holds the rows of every concept that was added."""
         return [embedder.token_embedding.learned for embedder in self.conditioner.text_embedders]
 
     def parameter_names(self):
@@ -52,23 +52,23 @@ def add_concept(conditioner, *, token, num_vectors=None, initializer=None, rng=N
 
     Args:
         token: the placeholder, a word that CLIP does not know, such as "<my-cat>".
-        num_vectors: 1 to 70; None with arrays: as many as they have.
+        num_vectors: 1 to 70; with arrays it may be None: as many as they have.
         initializer: where the rows start. One or several words: their tokens' vectors in order, repeating.
-            A pair of arrays (clip_l [n, 768], clip_g [n, 1280]): these rows, as in an embedding file. None: N(0, 0.01^2).
+            A pair of arrays (clip_l [n, 768], clip_g [n, 1280]): these rows, as in an embedding file.
+            None: N(0, 0.01^2).
         rng: numpy Generator, needed when `initializer` is None.
 
     Returns:
-        the Concept. After another `add_concept`, `parameters()` are other objects, which hold both words' rows.
+        the Concept. After another `add_concept`, `parameters()` are new objects, with both words' rows.
 
     Raises:
         ValueError: the token is known already, or rows do not fit an encoder or `num_vectors`.
     """
     embedders = conditioner.text_embedders
-    if num_vectors is None and not _is_arrays(initializer):
-        raise ValueError("add_concept: num_vectors is needed unless the rows are given.")
-    if num_vectors is None:
+    if not _is_arrays(initializer):
+        check_num_vectors(num_vectors)
+    elif num_vectors is None:
         num_vectors = len(initializer[0])
-    check_num_vectors(num_vectors)
     for embedder in embedders:
         embedder.tokenizer.check_placeholder(token)
     rows = [_initial_rows(embedder, num_vectors, initializer, rng) for embedder in embedders]
@@ -96,13 +96,13 @@ def check_num_vectors(num_vectors, *, templates=(), tokenizer=None):
     longest, places = longest_template(templates, lambda text: len(tokenizer.ids(text)), room=tokenizer.room)
     if num_vectors > places:
         raise ValueError(
-            f"--num_vectors {num_vectors}: a prompt holds {tokenizer.room} tokens, and '{longest}' leaves room for "
-            f"{max(places, 0)} vectors; use fewer vectors or shorter captions."
+            f"--num_vectors {num_vectors}: a prompt holds {tokenizer.room} tokens, and '{longest}' leaves "
+            f"room for {max(places, 0)} vectors; use fewer vectors or shorter captions."
         )
 
 
 def vocabulary_norms(conditioner):
-    """Mean and standard deviation of the L2 norms of each text encoder's frozen rows: what learned rows compare to."""
+    """[(mean, standard deviation)] of the L2 norms of each text encoder's frozen rows."""
     norms = [
         np.linalg.norm(embedder.token_embedding.weight.asnumpy().astype(np.float32), axis=1)
         for embedder in conditioner.text_embedders
@@ -125,11 +125,12 @@ def _initial_rows(embedder, num_vectors, initializer, rng):
     if not ids:
         raise ValueError(f"--initializer_token '{initializer}' has no token of CLIP in it.")
     chosen = [ids[i % len(ids)] for i in range(num_vectors)]
-    logger.info("%s: '%s' is %s; vectors start from %s", embedder.rows_name, initializer,
-                [tokenizer.text([i]) for i in ids], [tokenizer.text([i]) for i in chosen])
+    split = ", ".join(f"'{tokenizer.text([i])}' ({i})" for i in ids)
+    logger.info("%s: '%s' splits into %s", embedder.rows_name, initializer, split)
     if len(ids) > num_vectors:
-        logger.warning("--initializer_token '%s' has %d tokens, and %d vectors take the first of them only.",
-                       initializer, len(ids), num_vectors)
+        logger.warning(
+            "'%s' splits into more tokens than vectors; only the first %d are used", initializer, num_vectors
+        )
     return embedder.token_embedding.weight.asnumpy()[chosen].astype(np.float32)
 
 

@@ -1,13 +1,13 @@
-"""Prompts become the ids that CLIP was trained with, and learned words, weights and long prompts find their place."""
+"""Prompts become the ids that CLIP was trained with, and learned words, weights and long prompts work."""
 
 import gzip
 import importlib.metadata
 import logging
 import urllib.error
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTokenizer
 
 from gm.conditioning import tokenizer as tokenizer_module
@@ -38,13 +38,13 @@ def no_hub(monkeypatch):
 
     def not_cached(name, file, local_files_only):
         assert local_files_only, "the hub's client would retry for minutes"
-        raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        raise LocalEntryNotFoundError("not cached")
 
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(tokenizer_module.urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(tokenizer_module.huggingface_hub, "hf_hub_download", not_cached)
+    monkeypatch.setattr(tokenizer_module, "hf_hub_download", not_cached)
     monkeypatch.setattr(tokenizer_module.importlib.metadata, "files", not_installed)
 
 
@@ -62,7 +62,9 @@ def open_clip_installed(no_hub, monkeypatch, tmp_path):
 
 
 def test_without_folder_hub_and_open_clip_the_error_says_all_three_ways(no_hub):
-    with pytest.raises(FileNotFoundError, match="vocab.json.*connect to the hub.*pip install --no-deps open_clip_torch"):
+    with pytest.raises(
+        FileNotFoundError, match="vocab.json.*connect to the hub.*pip install --no-deps open_clip_torch"
+    ):
         load_clip_tokenizer.__wrapped__("some/name")
 
 
@@ -90,11 +92,11 @@ def test_a_hub_that_answers_is_asked(no_hub, monkeypatch):
 
     def download(name, file, local_files_only):
         if local_files_only:
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+            raise LocalEntryNotFoundError("not cached")
         return TOKENIZER / file
 
     monkeypatch.setattr(tokenizer_module.urllib.request, "urlopen", forbidden)
-    monkeypatch.setattr(tokenizer_module.huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(tokenizer_module, "hf_hub_download", download)
     assert len(load_clip_tokenizer.__wrapped__("some/name")) == VOCAB
 
 
@@ -148,7 +150,11 @@ def test_a_learned_word_that_begins_like_another_is_not_confused(tokenizer):
     word, longer = tokenizer.add_placeholder("qqcat", 1), tokenizer.add_placeholder("qqcats", 1)
     assert tokenizer.ids("<cat>2 <cat> <cat>2") == [*long, *short, *long]
     assert tokenizer.ids("qqcat qqcats") == [*word, *longer]
-    assert not {*word, *longer} & {*tokenizer.ids("qqcatty"), *tokenizer.ids("aqqcat"), *tokenizer.ids("qqcat_1")}
+    assert not {*word, *longer} & {
+        *tokenizer.ids("qqcatty"),
+        *tokenizer.ids("aqqcat"),
+        *tokenizer.ids("qqcat_1"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_a_placeholder_must_fit_into_a_prompt(tokenizer, num_vectors):
     ],
 )
 def test_brackets_weigh_as_in_automatic1111(prompt, pieces):
-    texts, weights = zip(*parse_weights(prompt)) if pieces else ((), ())
+    texts, weights = zip(*parse_weights(prompt), strict=True) if pieces else ((), ())
     assert list(texts) == [text for text, _ in pieces]
     np.testing.assert_allclose(weights, [weight for _, weight in pieces], rtol=1e-12)
 
@@ -221,8 +227,14 @@ def test_long_prompts_take_several_chunks_each_padded_as_in_training():
     assert ids.shape == weights.shape == (2, 2, 6)
     np.testing.assert_array_equal(ids[:1, :1], tokenizer.encode(["a red cat on"]))
     np.testing.assert_array_equal(ids[:1, 1:], tokenizer.encode(["the blue sea"]))
-    np.testing.assert_array_equal(ids[1:], np.concatenate([tokenizer.encode(["toy"]), tokenizer.encode([""])], 1))
-    assert weights[0, 0].tolist() == [1, 1, 1, 2, 1, 1] and (weights[0, 1] == 1).all() and (weights[1] == 1).all()
+    np.testing.assert_array_equal(
+        ids[1:], np.concatenate([tokenizer.encode(["toy"]), tokenizer.encode([""])], 1)
+    )
+    assert (
+        weights[0, 0].tolist() == [1, 1, 1, 2, 1, 1]
+        and (weights[0, 1] == 1).all()
+        and (weights[1] == 1).all()
+    )
 
 
 def test_a_learned_word_is_not_split_between_chunks():
