@@ -120,8 +120,8 @@ def _archive(path):
                 if len(pickles) != 1:
                     raise _Refused("it is a zip archive without a data.pkl")
                 yield archive, pickles[0].removesuffix("data.pkl")
-        except (_Refused, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is no torch file that can be read safely: {str(error)[:300]}.") from error
+        except (ValueError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path} cannot be read safely as a torch file: {str(error)[:300]}.") from error
 
 
 def _record(archive, name, limit):

@@ -1,7 +1,7 @@
 """Thousands of damaged files: each ends in an embedding that can be used or in a plain refusal.
 
-Half of the damage is done inside containers that stay whole (a JSON header with the right length, a zip with the
-right checksums, a protobuf message that parses), or a checksum would stop it before it reaches the rest.
+Half of the damage is done inside containers that stay whole (a JSON header with the right length, a zip with
+the right checksums, a protobuf message that parses), or a checksum would stop it before it reaches the rest.
 """
 
 import io
