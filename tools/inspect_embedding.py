@@ -91,11 +91,17 @@ def _read_words(version):
     from gm.conditioning.tokenizer import load_clip_tokenizer
 
     tokenizer = load_clip_tokenizer(version)
-    # A piece that does not end a word is shown with a dash.
     return [
-        tokenizer.decode([i]).strip() + ("" if token.endswith(("</w>", "|>")) else "-")
-        for token, i in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+        _shown(tokenizer, *pair) for pair in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     ]
+
+
+def _shown(tokenizer, token, i):
+    """A vocabulary entry as people write it; a piece that does not end a word is shown with a dash."""
+    text = tokenizer.decode([i]).strip()
+    if "\ufffd" in text:  # part of a character
+        text = token.removesuffix("</w>")
+    return text + ("" if token.endswith(("</w>", "|>")) else "-")
 
 
 def _compare(rows, table, words, count):

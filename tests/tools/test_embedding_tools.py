@@ -161,6 +161,7 @@ def test_another_model_or_tokenizer_is_refused(tmp_path, weights):
     write(tmp_path / "a.ckpt")
     with pytest.raises(SystemExit, match="error: .*768 and 1280 wide, the model's text encoders 32 and 48"):
         inspect_embedding.main([str(tmp_path / "wide.ckpt"), "--weight", str(weights)])
+    write(tmp_path / "b.safetensors", "webui")
     other = tmp_path / "tokenizer"
     other.mkdir()
     pieces = {"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
