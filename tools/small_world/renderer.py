@@ -138,6 +138,19 @@ def _heart(x, y):
     return np.minimum((x + np.abs(y) - h) / 2**0.5, np.hypot(x - h / 2, y + h / 2) - h / 2**0.5)
 
 
+def _moon(x, y, bite=0.95, centre=0.78):
+    """The unit disc without a disc of radius `bite` around (centre, 0)."""
+    y = np.abs(y)
+    tip_x = (1 - bite**2 + centre**2) / (2 * centre)
+    tip_y = (1 - tip_x**2) ** 0.5
+    beyond = (tip_y * x > tip_x * y) & ((tip_x - centre) * y < tip_y * (x - centre))  # nearest to a tip, not an arc
+    return np.where(
+        beyond,
+        np.hypot(x - tip_x, y - tip_y),
+        np.maximum(np.hypot(x, y) - 1, bite - np.hypot(x - centre, y)),
+    )
+
+
 def distance(shape: str, x, y, *, points: int = 5) -> np.ndarray:
     """Signed distance to a shape of radius 1 around the origin; negative inside.
 
@@ -160,9 +173,9 @@ def distance(shape: str, x, y, *, points: int = 5) -> np.ndarray:
         case "heart":
             return _heart(x, y)
         case "ring":
-            return np.abs(np.hypot(x, y) - 0.71) - 0.29
+            return np.abs(np.hypot(x, y) - 0.75) - 0.25
         case "moon":
-            return np.maximum(np.hypot(x, y) - 1, 0.95 - np.hypot(x - 0.78, y))
+            return _moon(x, y)
     raise ValueError(f"unknown shape '{shape}'; choose one of {', '.join(SHAPES)}.")
 
 
