@@ -33,7 +33,7 @@ _MINDSPORE_TYPES = {np.dtype(v): k for k, v in _NUMPY_TYPES.items() if k != "BFl
 _VARINT, _BYTES = 0, 2  # protobuf's wire types that the format uses
 _SKIPPED = {1: 8, 5: 4}  # wire types of fixed width, in bytes
 # Far above what a real file holds, and low enough that a hostile one is refused in a second.
-_MAX_VALUES, _MAX_PIECES, _MAX_DIMS, _MAX_METADATA = 100_000, 1000, 8, 1 << 20
+_MAX_VALUES, _MAX_PIECES, _MAX_DIMS, _MAX_METADATA = 20_000, 1000, 8, 1 << 20
 # Not in the schema: protobuf readers, MindSpore's and mindone's among them, step over unknown fields,
 # whereas mindone refuses a file with a tensor that it does not know.
 _METADATA_FIELD = 1000

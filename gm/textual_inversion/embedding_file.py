@@ -172,6 +172,11 @@ def write_embedding(path, embedding, *, format, overwrite=False):
     return files
 
 
+def learned_file_name(model_name, step):
+    """What training calls its learned file: ("SD-XL-base-1.0", 3000) -> "SD-XL-base-1.0_3000_ti.ckpt"."""
+    return f"{model_name}_{step}_ti.ckpt"
+
+
 def file_stem(token):
     """The file name, without suffix, for a token: "<cat-toy>" -> "cat-toy".
 
@@ -371,7 +376,7 @@ def _ckpt_name(name):
 
 
 def _read_step(path, content):
-    named = re.search(r"_(\d{1,9})_ti\.ckpt$", path.name)  # <model>_<step>_ti.ckpt
+    named = re.search(r"_([0-9]{1,9})_ti\.ckpt$", path.name)  # learned_file_name
     step = content.metadata.get("ti.step", content.values.get("step", named and named[1]))
     if isinstance(step, str):
         step = int(step) if re.fullmatch(r"[0-9]{1,12}", step) else None

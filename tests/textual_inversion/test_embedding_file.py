@@ -11,7 +11,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gm.textual_inversion.embedding_file import FORMATS, Embedding, file_stem, read_embedding, write_embedding
+from gm.textual_inversion.embedding_file import (
+    FORMATS,
+    Embedding,
+    file_stem,
+    learned_file_name,
+    read_embedding,
+    write_embedding,
+)
 from tests.torch_files import Named, Storage, Tensor, torch_file, torch_pickle
 
 RNG = np.random.default_rng(0)
@@ -175,6 +182,16 @@ def test_a_single_vector_without_rows_is_one_row(tmp_path):
     save_file({"<c>": rows(1, 8)[0]}, tmp_path / "learned_embeds.safetensors")
     save_file({"<c>": rows(1, 12)[0]}, tmp_path / "learned_embeds_2.safetensors")
     assert read_embedding(tmp_path).clip_g.shape == (1, 12)
+
+
+def test_bfloat16_is_read_exactly(tmp_path):
+    brain = [(rows(2, width).view(np.uint32) >> 16).astype(np.uint16) for width in (8, 12)]
+    header = {L: described([2, 8], [0, 32], "BF16"), G: described([2, 12], [32, 80], "BF16")}
+    (tmp_path / "a.safetensors").write_bytes(
+        safetensors_bytes(header, brain[0].tobytes() + brain[1].tobytes())
+    )
+    back = read_embedding(tmp_path / "a.safetensors")
+    assert np.array_equal(back.clip_g, (brain[1].astype(np.uint32) << 16).view(np.float32))
 
 
 def test_the_word_comes_from_the_caller_then_the_file_then_its_name(tmp_path):
@@ -502,6 +519,13 @@ def test_facts_that_no_format_holds_are_refused(facts):
 
 
 # ---------------------------------------------------------------- writing
+
+
+def test_the_step_is_read_from_the_name_that_training_gives(tmp_path):
+    path = tmp_path / learned_file_name("SD-XL-base-1.0", 3000)
+    assert path.name == "SD-XL-base-1.0_3000_ti.ckpt"
+    write_embedding(path, toy(step=None), format="ckpt")
+    assert read_embedding(path).step == 3000
 
 
 @pytest.mark.parametrize("format", FORMATS)
