@@ -32,7 +32,9 @@ class Size:
     model_channels: int
     channel_mult: tuple
     num_res_blocks: int
-    transformer_depth: tuple  # a number a level, 0 where the level has no attention; the middle block is the last
+    transformer_depth: (
+        tuple  # a number a level, 0 where the level has no attention; the middle block is the last
+    )
     adm_in_channels: int
     clip_l: TextSize | None  # the refiner has none
     clip_g: TextSize
@@ -46,17 +48,39 @@ class Size:
 
 
 SDXL = {
-    "base": Size(320, (1, 2, 4), 2, (0, 2, 10, 10), 2816, TextSize(768, 12, 49408), TextSize(1280, 32, 49408),
-                 128, (1, 2, 4, 4), 2),
-    "refiner": Size(384, (1, 2, 4, 4), 2, (0, 4, 4, 0, 4), 2560, None, TextSize(1280, 32, 49408),
-                    128, (1, 2, 4, 4), 2),
+    "base": Size(
+        320,
+        (1, 2, 4),
+        2,
+        (0, 2, 10, 10),
+        2816,
+        TextSize(768, 12, 49408),
+        TextSize(1280, 32, 49408),
+        128,
+        (1, 2, 4, 4),
+        2,
+    ),
+    "refiner": Size(
+        384, (1, 2, 4, 4), 2, (0, 4, 4, 0, 4), 2560, None, TextSize(1280, 32, 49408), 128, (1, 2, 4, 4), 2
+    ),
 }
 VOCAB = 734  # of fixtures/tiny_tokenizer; the last two are <|startoftext|> and <|endoftext|>
 TINY = {
-    "base": Size(32, (1, 2, 4), 1, (0, 1, 2, 2), 48 + 6 * 256, TextSize(32, 3, VOCAB), TextSize(48, 3, VOCAB),
-                 32, (1, 2, 2, 2), 1),
-    "refiner": Size(32, (1, 2, 2, 2), 1, (0, 1, 1, 0, 1), 48 + 5 * 256, None, TextSize(48, 3, VOCAB),
-                    32, (1, 2, 2, 2), 1),
+    "base": Size(
+        32,
+        (1, 2, 4),
+        1,
+        (0, 1, 2, 2),
+        48 + 6 * 256,
+        TextSize(32, 3, VOCAB),
+        TextSize(48, 3, VOCAB),
+        32,
+        (1, 2, 2, 2),
+        1,
+    ),
+    "refiner": Size(
+        32, (1, 2, 2, 2), 1, (0, 1, 1, 0, 1), 48 + 5 * 256, None, TextSize(48, 3, VOCAB), 32, (1, 2, 2, 2), 1
+    ),
 }
 
 
@@ -175,7 +199,13 @@ def _add_unet(size, layer):
             if size.transformer_depth[level]:
                 transformer(f"{at}.output_blocks.{block}.1", ch, size.transformer_depth[level])
             if level and i == size.num_res_blocks:
-                layer(f"{at}.output_blocks.{block}.{2 if size.transformer_depth[level] else 1}.conv", ch, ch, 3, 3)
+                layer(
+                    f"{at}.output_blocks.{block}.{2 if size.transformer_depth[level] else 1}.conv",
+                    ch,
+                    ch,
+                    3,
+                    3,
+                )
             block += 1
     layer(f"{at}.out.0", ch)
     layer(f"{at}.out.2", 4, ch, 3, 3)
@@ -227,9 +257,9 @@ def _add_vae(size, layer):
     layer(f"{at}.decoder.conv_out", 3, ch, 3, 3)
 
 
-# Residual streams are kept small (a deviation of about 0.1), so that the epsilon of every norm shows in the result:
-# weights that lead into a stream are small, those that lead from one to the next keep its size. The context is one
-# too, and is read at full size.
+# Residual streams are kept small (a deviation of about 0.1), so that the epsilon of every norm shows in the
+# result: weights that lead into a stream are small, those that lead from one to the next keep its size. The
+# context is a stream too, and is read at full size.
 GAINS = {
     r"input_blocks\.0\.0|in_layers\.2|out_layers\.3|emb_layers|proj_in\.|to_out|ff\.net\.2|out_proj|mlp\.fc2|c_proj"
     r"|\.conv_in|conv1|conv2|attn_1\.proj_out": (0.03, 0.003),  # of weights and of biases
@@ -263,7 +293,9 @@ def _random_tensor(name, shape, seed):
 
 def tiny_state_dict(seed=0, *, kind="base"):
     """Random weights of the tiny "base" or "refiner": original name -> array (fp32, `position_ids` int64)."""
-    return {name: np.asarray(_random_tensor(name, shape, seed)) for name, shape in file_shapes(TINY[kind]).items()}
+    return {
+        name: np.asarray(_random_tensor(name, shape, seed)) for name, shape in file_shapes(TINY[kind]).items()
+    }
 
 
 def write_tiny_weights(path, *, seed=0, kind="base", dtype=np.float32):

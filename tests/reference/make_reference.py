@@ -7,21 +7,21 @@ The weights are those of tests/tiny.py, in the original single-file layout; the 
 models is diffusers' own (its converters for original files). Everything is fp32 on the CPU. Arrays, by name:
 
 seed                    of the weights (`tiny_state_dict(seed)`) and of all inputs
-text/prompts (P,)       with text/token standing for all its vectors; text/expanded as diffusers wants it
+text/prompts (P,)       with text/token standing for all its vectors
 text/ids_l, ids_g       (P, 77) int64; encoder 1 pads with <|endoftext|>, encoder 2 with 0
 text/rows_l, rows_g     (3, width) learned rows of the three placeholder ids, vocab .. vocab + 2
 text/hidden_l, hidden_g (P, 77, width) penultimate states, no final norm; text/pooled (P, 48) at the first end
 size/numbers, embedded  (2, 6) and (2, 1536)
-unet/x_N, t_N, out_N    N = batch size 1 or 2: inputs (R, N, 4, h, w), timesteps (R, N), outputs; one row a call
+unet/x_N, t_N, out_N    N = batch size 1 or 2: inputs (R, N, 4, h, w), timesteps (R, N), outputs; a row a call
 unet/context, vector    (2, 77, 80) and (2, 1584); a batch of 1 takes the first
 refiner/...             the same for the refiner's UNet, one call of batch 1
 vae/image, moments      (2, 3, 48, 64) in [-1, 1] -> (2, 8, 6, 8), mean | logvar; vae/z, decoded the way back
 sample/noise            (1, 4, 8, 8) of unit variance; sample/guidance; sample/timesteps (20,)
-sample/cond_*, uncond_* context (1, 77, 80) and vector (1, 1584) of sample/euler, heun, dpmpp_2m: final latents
+sample/cond_*, uncond_* context (1, 77, 80) and vector (1, 1584); sample/euler, heun, dpmpp_2m final latents
 train/latents (4, 4, 8, 8), noise (10, 4, 4, 8, 8), timesteps (10, 4), ids_l, ids_g (4, 77), sizes (4, 6)
 train/rows_l, rows_g    (2, width) rows to start from; train/lr, weight_decay, max_grad_norm
 train/grad_l, grad_g    gradient of the first batch's loss
-train/CASE/losses (10,), grad_norms (10,), rows_l, rows_g   CASE = free or clipped; norms are those before clipping
+train/CASE/losses (10,), grad_norms (10,), rows_l, rows_g   CASE: free or clipped; norms before clipping
 """
 
 import tempfile
@@ -153,25 +153,38 @@ class TinySDXL:
 
 
 def tokenize(prompts, num_vectors):
-    """Expanded prompts and the (P, 77) ids of both encoders."""
+    """The (P, 77) ids for both encoders, the token expanded as diffusers does it."""
     tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
     tokens = [TOKEN, *(f"{TOKEN}_{i}" for i in range(1, num_vectors))]
     assert tokenizer.add_tokens(tokens) == num_vectors
     expanded = [prompt.replace(TOKEN, " ".join(tokens)) for prompt in prompts]
-    ids = tokenizer(expanded, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        expanded, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     after_end = torch.cumsum(ids == END, dim=1) - (ids == END).int() > 0
-    return expanded, ids, ids.masked_fill(after_end, 0)
+    return ids, ids.masked_fill(after_end, 0)
 
 
 @torch.no_grad()
 def text_and_networks(model, refiner, draw):
-    expanded, ids_l, ids_g = tokenize(PROMPTS, 3)
+    ids_l, ids_g = tokenize(PROMPTS, 3)
     rows = 0.05 * draw(3, 32), 0.05 * draw(3, 48)
     context, pooled = model.encode_text(ids_l, ids_g, rows)
     hidden_l, hidden_g = context.split([32, 48], dim=-1)
-    yield "text", dict(prompts=np.array(PROMPTS), token=np.array(TOKEN), expanded=np.array(expanded), ids_l=ids_l,
-                       ids_g=ids_g, rows_l=rows[0], rows_g=rows[1], hidden_l=hidden_l, hidden_g=hidden_g,
-                       pooled=pooled)
+    yield (
+        "text",
+        dict(
+            prompts=np.array(PROMPTS),
+            token=np.array(TOKEN),
+            ids_l=ids_l,
+            ids_g=ids_g,
+            rows_l=rows[0],
+            rows_g=rows[1],
+            hidden_l=hidden_l,
+            hidden_g=hidden_g,
+            pooled=pooled,
+        ),
+    )
 
     context, pooled = context[1:3], pooled[1:3]
     sizes = torch.tensor([[1024.0, 768, 0, 0, 1024, 1024], [4031, 3023, 16, 271, 512, 640]])
@@ -180,16 +193,37 @@ def text_and_networks(model, refiner, draw):
 
     x_1, t_1 = draw(1, 1, 4, 12, 8), torch.tensor([[500]])
     x_2, t_2 = draw(5, 2, 4, 8, 8), torch.tensor([[0, 999], [1, 250], [250, 250], [500, 1], [999, 0]])
-    out_1 = [model.predict_noise(x, t, context[:1], pooled[:1], sizes[:1]) for x, t in zip(x_1, t_1, strict=True)]
+    out_1 = [
+        model.predict_noise(x, t, context[:1], pooled[:1], sizes[:1]) for x, t in zip(x_1, t_1, strict=True)
+    ]
     out_2 = [model.predict_noise(x, t, context, pooled, sizes) for x, t in zip(x_2, t_2, strict=True)]
-    yield "unet", dict(x_1=x_1, t_1=t_1, out_1=torch.stack(out_1), x_2=x_2, t_2=t_2, out_2=torch.stack(out_2),
-                       context=context, vector=vector)
+    yield (
+        "unet",
+        dict(
+            x_1=x_1,
+            t_1=t_1,
+            out_1=torch.stack(out_1),
+            x_2=x_2,
+            t_2=t_2,
+            out_2=torch.stack(out_2),
+            context=context,
+            vector=vector,
+        ),
+    )
 
     x, t, refiner_context = draw(1, 1, 4, 16, 8), torch.tensor([[250]]), 0.1 * draw(1, 77, 48)
     refiner_pooled, refiner_sizes = draw(1, 48), torch.tensor([[1024.0, 768, 0, 0, 6.0]])
     out = refiner.predict_noise(x[0], t[0], refiner_context, refiner_pooled, refiner_sizes)
-    yield "refiner", dict(x_1=x, t_1=t, out_1=out[None], context=refiner_context,
-                          vector=refiner.vector(refiner_pooled, refiner_sizes))
+    yield (
+        "refiner",
+        dict(
+            x_1=x,
+            t_1=t,
+            out_1=out[None],
+            context=refiner_context,
+            vector=refiner.vector(refiner_pooled, refiner_sizes),
+        ),
+    )
 
     image = torch.tanh(draw(2, 3, 48, 64))
     moments = model.vae.encode(image).latent_dist.parameters
@@ -204,8 +238,14 @@ def sample(model, context, pooled, sizes, noise, *, steps=20, guidance=5.0):
     contexts = torch.cat([torch.zeros_like(context), context])  # SDXL base zeroes the empty prompt
     pooleds = torch.cat([torch.zeros_like(pooled), pooled])
     vectors = model.vector(pooleds, sizes.repeat(2, 1))
-    result = dict(noise=noise, guidance=guidance, uncond_context=contexts[:1], cond_context=contexts[1:],
-                  uncond_vector=vectors[:1], cond_vector=vectors[1:])
+    result = dict(
+        noise=noise,
+        guidance=guidance,
+        uncond_context=contexts[:1],
+        cond_context=contexts[1:],
+        uncond_vector=vectors[:1],
+        cond_vector=vectors[1:],
+    )
     sigma_max = _sigmas()[-1]
     schedulers = {
         "euler": EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing"),
@@ -231,20 +271,42 @@ def _sigmas():
 
 
 def training_inputs(draw):
-    captions = ["a photo of a <toy>", "the <toy> on a table at night", "a small <toy>, close up", "my <toy> cat"]
-    _, ids_l, ids_g = tokenize(captions, 2)
-    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64], [96, 64, 0, 8, 64, 64], [4031, 3023, 0, 0, 64, 64],
-                          [512, 640, 5, 3, 64, 64]])
+    captions = [
+        "a photo of a <toy>",
+        "the <toy> on a table at night",
+        "a small <toy>, close up",
+        "my <toy> cat",
+    ]
+    ids_l, ids_g = tokenize(captions, 2)
+    sizes = torch.tensor(
+        [
+            [64.0, 64, 0, 0, 64, 64],
+            [96, 64, 0, 8, 64, 64],
+            [4031, 3023, 0, 0, 64, 64],
+            [512, 640, 5, 3, 64, 64],
+        ]
+    )
     timesteps = torch.tensor(np.random.RandomState(7).randint(0, 1000, (10, 4)))
-    return dict(latents=draw(4, 4, 8, 8), noise=draw(10, 4, 4, 8, 8), timesteps=timesteps, ids_l=ids_l, ids_g=ids_g,
-                sizes=sizes, rows_l=0.05 * draw(2, 32), rows_g=0.05 * draw(2, 48), lr=5e-3, weight_decay=1e-2)
+    return dict(
+        latents=draw(4, 4, 8, 8),
+        noise=draw(10, 4, 4, 8, 8),
+        timesteps=timesteps,
+        ids_l=ids_l,
+        ids_g=ids_g,
+        sizes=sizes,
+        rows_l=0.05 * draw(2, 32),
+        rows_g=0.05 * draw(2, 48),
+        lr=5e-3,
+        weight_decay=1e-2,
+    )
 
 
 def train(model, data, *, max_grad_norm, micro_batch):
     """Textual inversion as diffusers' script does it, for the rows alone; returns what each update saw."""
     rows = [torch.nn.Parameter(data[name].clone()) for name in ("rows_l", "rows_g")]
-    optimizer = torch.optim.AdamW(rows, lr=data["lr"], betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=data["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        rows, lr=data["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=data["weight_decay"]
+    )
     scheduler = DDPMScheduler(**SCHEDULE)
     losses, norms, first = [], [], None
     for noise, timesteps in zip(data["noise"], data["timesteps"], strict=True):
@@ -261,7 +323,9 @@ def train(model, data, *, max_grad_norm, micro_batch):
         norms.append(torch.nn.utils.clip_grad_norm_(rows, max_grad_norm).item())
         optimizer.step()
         losses.append(total)
-    return dict(losses=np.array(losses), grad_norms=np.array(norms), rows_l=rows[0], rows_g=rows[1], first=first)
+    return dict(
+        losses=np.array(losses), grad_norms=np.array(norms), rows_l=rows[0], rows_g=rows[1], first=first
+    )
 
 
 def training(model, draw):
