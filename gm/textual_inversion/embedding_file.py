@@ -240,7 +240,11 @@ def _read_content(path):
             for name, entry in index.items()
             if name not in _CKPT_VALUES
         }
-        values = {name: read_ckpt_entry(path, index[name]) for name in _CKPT_VALUES if name in index}
+        values = {
+            name: read_ckpt_entry(path, index[name])
+            for name in _CKPT_VALUES
+            if name in index and not index[name].shape
+        }
         return _Content(tensors, values, read_ckpt_metadata(path))
     if start[:1] == b"\x80":
         raise ValueError(
@@ -260,6 +264,8 @@ def _recognise(path, content, token):
             "this is an embedding for Stable Diffusion 1 or 2 (string_to_param), which has one text encoder; "
             "SDXL needs vectors for two and cannot use it"
         )
+    if len(tensors) < len(content.tensors):
+        raise ValueError("it holds a text encoder's table twice, as embedding_table and as weight")
     if len(found) > 1:
         raise ValueError(f"it holds tensors of several formats: {_shown(tensors)}")
     if found:
@@ -272,7 +278,7 @@ def _recognise(path, content, token):
             raise ValueError(
                 "it lacks placeholder_token or num_vectors; if it is whole, name the token yourself"
             )
-        token = token or metadata.get("ti.token") or content.values.get("placeholder_token") or path.stem
+        token = token or content.values.get("placeholder_token") or metadata.get("ti.token") or path.stem
     elif len(tensors) == 1:
         format = "diffusers"
         (own_token,) = tensors

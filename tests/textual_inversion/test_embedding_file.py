@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from gm.ckpt_format import write_ckpt
 from gm.textual_inversion.embedding_file import (
     FORMATS,
     Embedding,
@@ -25,6 +26,7 @@ RNG = np.random.default_rng(0)
 L, G = "clip_l", "clip_g"
 TABLE_L = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.embedding_table"
 TABLE_G = "conditioner.embedders.1.model.token_embedding.embedding_table"
+WEIGHT_G = "conditioner.embedders.1.model.token_embedding.weight"
 
 
 def rows(n, width):
@@ -265,7 +267,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, protocol, bare
 
 
 def tuple_tower():
-    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.NONE + pickle.TUPLE1 * 200_000
+    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.NONE + pickle.TUPLE1 * 100_000
 
 
 PICKLES = {
@@ -379,6 +381,7 @@ def test_a_diffusers_half_without_its_partner_is_refused(tmp_path):
         ({L: (76, 8), G: (76, 12)}, "a prompt has room for 75"),
         ({L: (2, 20000), G: (2, 12)}, "20000 wide, more than any"),
         ({L: (2, 8), G: (2, 12), "text_encoders_0": (2, 8)}, "several formats"),
+        ({name: (2, 8) for name in (TABLE_L, TABLE_G, WEIGHT_G)}, "table twice"),
         ({"a": (2, 8), "b": (2, 12)}, "no embedding of a known format; its tensors: 'a', 'b'"),
         ({}, "its tensors: none"),
     ],
@@ -415,6 +418,17 @@ def test_a_count_that_does_not_agree_is_refused(tmp_path):
     ms.save_checkpoint(tables, path, append_dict={"placeholder_token": "<a>", "num_vectors": 3})
     with pytest.raises(ValueError, match="num_vectors says 3, and it holds 2"):
         read_embedding(path)
+
+
+def test_a_count_that_is_no_number_is_refused(tmp_path):
+    values = [(TABLE_L, rows(2, 8)), (TABLE_G, rows(2, 12)), ("placeholder_token", "<a>")]
+    for count, says in (
+        ("two", "num_vectors says two"),
+        (np.array([2, 2]), "lacks placeholder_token or num_v"),
+    ):
+        write_ckpt(tmp_path / "a.ckpt", [*values, ("num_vectors", count)])
+        with pytest.raises(ValueError, match=says):
+            read_embedding(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("format", FORMATS)
