@@ -8,6 +8,7 @@ import mindspore as ms
 import pytest
 
 ms.set_device("CPU")
+ms.set_context(mode=ms.GRAPH_MODE)  # the default is PyNative, many times slower
 
 
 @pytest.fixture(params=["graph", "pynative"])
