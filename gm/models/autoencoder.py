@@ -23,11 +23,11 @@ from gm.models.layers import (
 class ResnetBlock(nn.Cell):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where channels change."""
 
-    def __init__(self, channels, out_channels):
+    def __init__(self, channels, out_channels, num_groups):
         super().__init__()
-        self.norm1 = GroupNorm(channels, 1e-6)
+        self.norm1 = GroupNorm(channels, 1e-6, num_groups=num_groups)
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels, 1e-6)
+        self.norm2 = GroupNorm(out_channels, 1e-6, num_groups=num_groups)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
         self.silu = SiLU()
@@ -40,9 +40,9 @@ class ResnetBlock(nn.Cell):
 class AttnBlock(nn.Cell):
     """One head of self attention over all positions, added to the map."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, num_groups):
         super().__init__()
-        self.norm = GroupNorm(channels, 1e-6)
+        self.norm = GroupNorm(channels, 1e-6, num_groups=num_groups)
         self.q = Conv2d(channels, channels, 1)
         self.k = Conv2d(channels, channels, 1)
         self.v = Conv2d(channels, channels, 1)
@@ -56,11 +56,11 @@ class AttnBlock(nn.Cell):
 
 
 class Middle(nn.Cell):
-    def __init__(self, channels):
+    def __init__(self, channels, num_groups):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
+        self.block_1 = ResnetBlock(channels, channels, num_groups)
+        self.attn_1 = AttnBlock(channels, num_groups)
+        self.block_2 = ResnetBlock(channels, channels, num_groups)
 
     def construct(self, x):
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -86,10 +86,10 @@ class Upsample(nn.Cell):
 
 
 class DownLevel(nn.Cell):
-    def __init__(self, channels, out_channels, num_res_blocks, *, is_last):
+    def __init__(self, channels, out_channels, num_res_blocks, num_groups, *, is_last):
         super().__init__()
         widths = [channels] + [out_channels] * num_res_blocks
-        self.block = nn.CellList([ResnetBlock(a, b) for a, b in zip(widths, widths[1:])])
+        self.block = nn.CellList([ResnetBlock(a, b, num_groups) for a, b in zip(widths, widths[1:])])
         self.downsample = nn.Identity() if is_last else Downsample(out_channels)
 
     def construct(self, x):
@@ -99,10 +99,10 @@ class DownLevel(nn.Cell):
 
 
 class UpLevel(nn.Cell):
-    def __init__(self, channels, out_channels, num_res_blocks, *, is_last):
+    def __init__(self, channels, out_channels, num_res_blocks, num_groups, *, is_last):
         super().__init__()
         widths = [channels] + [out_channels] * (num_res_blocks + 1)
-        self.block = nn.CellList([ResnetBlock(a, b) for a, b in zip(widths, widths[1:])])
+        self.block = nn.CellList([ResnetBlock(a, b, num_groups) for a, b in zip(widths, widths[1:])])
         self.upsample = nn.Identity() if is_last else Upsample(out_channels)
 
     def construct(self, x):
@@ -112,18 +112,21 @@ class UpLevel(nn.Cell):
 
 
 class Encoder(nn.Cell):
-    def __init__(self, *, ch, ch_mult, num_res_blocks, in_channels, z_channels, double_z):
+    def __init__(self, *, ch, ch_mult, num_res_blocks, num_groups, in_channels, z_channels):
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
         last = len(ch_mult) - 1
         self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.CellList(
-            [DownLevel(widths[i], widths[i + 1], num_res_blocks, is_last=i == last) for i in range(len(ch_mult))]
+            [
+                DownLevel(widths[i], widths[i + 1], num_res_blocks, num_groups, is_last=i == last)
+                for i in range(len(ch_mult))
+            ]
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = GroupNorm(widths[-1], 1e-6)
+        self.mid = Middle(widths[-1], num_groups)
+        self.norm_out = GroupNorm(widths[-1], 1e-6, num_groups=num_groups)
         self.silu = SiLU()
-        self.conv_out = Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def construct(self, x):
         h = self.conv_in(x)
@@ -133,15 +136,18 @@ class Encoder(nn.Cell):
 
 
 class Decoder(nn.Cell):
-    def __init__(self, *, ch, ch_mult, num_res_blocks, out_ch, z_channels):
+    def __init__(self, *, ch, ch_mult, num_res_blocks, num_groups, out_ch, z_channels):
         super().__init__()
         widths = [ch * m for m in ch_mult] + [ch * ch_mult[-1]]
-        levels = [UpLevel(widths[i + 1], widths[i], num_res_blocks, is_last=i == 0) for i in range(len(ch_mult))]
+        levels = [
+            UpLevel(widths[i + 1], widths[i], num_res_blocks, num_groups, is_last=i == 0)
+            for i in range(len(ch_mult))
+        ]
         self.conv_in = Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], num_groups)
         self.up = nn.CellList(levels)  # counted from the output
         self.num_levels = len(levels)
-        self.norm_out = GroupNorm(widths[0], 1e-6)
+        self.norm_out = GroupNorm(widths[0], 1e-6, num_groups=num_groups)
         self.silu = SiLU()
         self.conv_out = Conv2d(widths[0], out_ch, 3, padding=1)
 
@@ -158,7 +164,8 @@ class AutoencoderKL(nn.Cell):
     Args:
         embed_dim: latent channels.
         ddconfig: SGM's mapping of the two networks' settings: ch, ch_mult, num_res_blocks, in_channels, out_ch,
-            z_channels, double_z, resolution, attn_resolutions (must be empty, as in SDXL), dropout (must be 0).
+            z_channels, double_z, resolution, attn_resolutions (must be empty, as in SDXL), dropout (must be 0); and
+            norm_num_groups, groups of every GroupNorm (32 unless given; SGM has no such setting).
 
     Raises:
         ValueError: ddconfig describes another family of autoencoders.
@@ -172,9 +179,10 @@ class AutoencoderKL(nn.Cell):
         if not dd.get("double_z", True):
             raise ValueError("AutoencoderKL: ddconfig.double_z must be true: the encoder gives mean and log-variance.")
         shared = {"ch": dd["ch"], "ch_mult": list(dd["ch_mult"]), "num_res_blocks": dd["num_res_blocks"]}
+        shared["num_groups"] = dd.get("norm_num_groups", 32)
         z_channels = dd["z_channels"]
         with parameter_dtype(ms.float32):
-            self.encoder = Encoder(**shared, in_channels=dd["in_channels"], z_channels=z_channels, double_z=True)
+            self.encoder = Encoder(**shared, in_channels=dd["in_channels"], z_channels=z_channels)
             self.decoder = Decoder(**shared, out_ch=dd["out_ch"], z_channels=z_channels)
             self.quant_conv = Conv2d(2 * z_channels, 2 * embed_dim, 1)
             self.post_quant_conv = Conv2d(embed_dim, z_channels, 1)

@@ -30,14 +30,14 @@ class ResBlock(nn.Cell):
 
     takes = "embedding"
 
-    def __init__(self, channels, emb_channels, out_channels):
+    def __init__(self, channels, emb_channels, out_channels, num_groups):
         super().__init__()
         self.in_layers = nn.SequentialCell(
-            GroupNorm(channels, 1e-5), SiLU(), Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(channels, 1e-5, num_groups=num_groups), SiLU(), Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.SequentialCell(SiLU(), Linear(emb_channels, out_channels))
         self.out_layers = nn.SequentialCell(
-            GroupNorm(out_channels, 1e-5),
+            GroupNorm(out_channels, 1e-5, num_groups=num_groups),
             SiLU(),
             nn.Identity(),  # dropout in the original; it holds key number 3 for the convolution
             Conv2d(out_channels, out_channels, 3, padding=1),
@@ -109,9 +109,9 @@ class SpatialTransformer(nn.Cell):
 
     takes = "context"
 
-    def __init__(self, channels, context_dim, num_heads, depth):
+    def __init__(self, channels, context_dim, num_heads, depth, num_groups):
         super().__init__()
-        self.norm = GroupNorm(channels, 1e-6)
+        self.norm = GroupNorm(channels, 1e-6, num_groups=num_groups)
         self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(channels, context_dim, num_heads) for _ in range(depth)]
@@ -181,6 +181,7 @@ class UNetModel(nn.Cell):
         num_head_channels: width of one attention head (not the number of heads).
         context_dim: width of the text context.
         adm_in_channels: width of the pooled text and size vector.
+        norm_num_groups: groups of every GroupNorm; SGM has no such setting, diffusers calls it so.
         num_classes: "sequential", the one kind of vector conditioning that SDXL has.
         use_linear_in_transformer: must be true, as in SDXL.
         use_recompute: recompute activations of ResBlocks and transformer blocks in the backward pass.
@@ -202,6 +203,7 @@ class UNetModel(nn.Cell):
         num_head_channels,
         context_dim,
         adm_in_channels,
+        norm_num_groups=32,
         num_classes="sequential",
         use_linear_in_transformer=True,
         use_recompute=False,
@@ -230,14 +232,18 @@ class UNetModel(nn.Cell):
         def transformer(channels, level):
             if channels % num_head_channels:
                 raise ValueError(f"UNetModel: num_head_channels {num_head_channels} does not divide {channels} channels.")
-            return SpatialTransformer(channels, context_dim, channels // num_head_channels, transformer_depth[level])
+            heads, depth = channels // num_head_channels, transformer_depth[level]
+            return SpatialTransformer(channels, context_dim, heads, depth, norm_num_groups)
+
+        def res_block(channels, out_channels):
+            return ResBlock(channels, emb_channels, out_channels, norm_num_groups)
 
         blocks = [Block(Conv2d(in_channels, model_channels, 3, padding=1))]
         skips = [model_channels]
         channels = model_channels
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [ResBlock(channels, emb_channels, mult * model_channels)]
+                layers = [res_block(channels, mult * model_channels)]
                 channels = mult * model_channels
                 if 2**level in attention_resolutions:
                     layers.append(transformer(channels, level))
@@ -249,15 +255,15 @@ class UNetModel(nn.Cell):
         self.input_blocks = nn.CellList(blocks)
 
         self.middle_block = Block(
-            ResBlock(channels, emb_channels, channels),
+            res_block(channels, channels),
             transformer(channels, levels - 1),
-            ResBlock(channels, emb_channels, channels),
+            res_block(channels, channels),
         )
 
         blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(channels + skips.pop(), emb_channels, mult * model_channels)]
+                layers = [res_block(channels + skips.pop(), mult * model_channels)]
                 channels = mult * model_channels
                 if 2**level in attention_resolutions:
                     layers.append(transformer(channels, level))
@@ -266,7 +272,9 @@ class UNetModel(nn.Cell):
                 blocks.append(Block(*layers))
         self.output_blocks = nn.CellList(blocks)
         self.out = nn.SequentialCell(
-            GroupNorm(channels, 1e-5), SiLU(), Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(channels, 1e-5, num_groups=norm_num_groups),
+            SiLU(),
+            Conv2d(channels, out_channels, 3, padding=1),
         )
         if use_recompute:
             for _, cell in self.cells_and_names():
