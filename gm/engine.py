@@ -4,6 +4,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from gm.diffusion.denoiser import EpsWeighting
+from gm.diffusion.discretizer import LegacyDDPMDiscretization
+from gm.diffusion.loss import DiscreteSampling, StandardDiffusionLoss
 from gm.models.autoencoder import Decode, Encode
 
 
@@ -21,7 +24,7 @@ class Model(nn.Cell):
 class DiffusionEngine(nn.Cell):
     """Text encoders, UNet and autoencoder, frozen, and what turns them into a diffusion model.
 
-    The cell itself computes the training loss. The host methods (`encode`, `decode`, `embed`, `denoise_network`)
+    The cell itself computes the training loss. The host methods (`encode`, `decode`, `network`)
     take and give numpy arrays; each is a graph of its own, compiled once a shape.
 
     Args:
@@ -29,7 +32,8 @@ class DiffusionEngine(nn.Cell):
         denoiser: DiscreteDenoiser: scalings and the noise levels.
         conditioner: GeneralConditioner: prompts and sizes to (vector, crossattn).
         first_stage: AutoencoderKL.
-        sampler, loss_fn: defaults of the config, or None.
+        sampler: of the config, or None.
+        loss_fn: of the config; by default SDXL's own, the plain squared error of eps at uniformly drawn levels.
         scale_factor: what latents are multiplied by after encoding (SDXL: 0.13025).
     """
 
@@ -42,7 +46,9 @@ class DiffusionEngine(nn.Cell):
         self.first_stage_model = first_stage
         self.denoiser = denoiser
         self.sampler = sampler
-        self.loss_fn = loss_fn
+        self.loss_fn = loss_fn or StandardDiffusionLoss(
+            DiscreteSampling(LegacyDDPMDiscretization(), 1000), loss_weighting=EpsWeighting()
+        )
         self.scale_factor = scale_factor
         for parameter in self.get_parameters():
             parameter.requires_grad = False
@@ -75,19 +81,6 @@ class DiffusionEngine(nn.Cell):
     def decode(self, latents):
         """(B, 4, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]. Numpy."""
         return np.clip(self._decode(Tensor(latents / np.float32(self.scale_factor))).asnumpy(), -1, 1)
-
-    def embed(self, batch):
-        """Prompts and sizes to what the network is conditioned on.
-
-        Args:
-            batch: see `GeneralConditioner.prepare`.
-
-        Returns:
-            {"vector": (B, 2816), "crossattn": (B, L, 2048)} numpy float32.
-        """
-        inputs = [Tensor(array) for array in self.conditioner.prepare(batch)]
-        vector, crossattn = self.conditioner(*inputs)
-        return {name: ops.cast(t, ms.float32).asnumpy() for name, t in (("vector", vector), ("crossattn", crossattn))}
 
     def network(self, x, timesteps, cond):
         """The UNet on numpy arrays: (B, 4, h, w), (B,), {"vector", "crossattn"} -> (B, 4, h, w)."""

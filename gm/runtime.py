@@ -1,0 +1,138 @@
+"""How a command runs: device, execution mode, precision, seed, ranks and logging. Knows nothing of models."""
+
+import argparse
+import logging
+import random
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+AMP_LEVELS = ("auto", "O0", "O2")
+
+
+def flag(text):
+    """True or False as users write them on the command line."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.strip().lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return values[text.strip().lower()]
+
+
+def mode_name(text):
+    """MindSpore's number of an execution mode, or its name."""
+    names = {"0": "graph", "1": "pynative", "graph": "graph", "pynative": "pynative"}
+    if text.strip().lower() not in names:
+        raise argparse.ArgumentTypeError(f"'{text}' is no mode; give 0 (graph) or 1 (PyNative)")
+    return names[text.strip().lower()]
+
+
+@dataclass(frozen=True)
+class RuntimeArgs:
+    device_target: str = "auto"  # CPU, Ascend, or auto: Ascend where there is one
+    ms_mode: str = "graph"  # graph (compiled) or pynative (operator by operator, for debugging)
+    jit_level: str | None = None  # MindSpore's O0, O1 or O2 graph optimisation; None is its default
+    ms_amp_level: str = "auto"  # O0: float32; O2: float16 text encoders and UNet; auto: O2 on Ascend, O0 on CPU
+    is_parallel: bool = False  # one process of several, started by mpirun or msrun
+    flash_attention: bool = False  # Ascend's fused attention kernel
+    seed: int = 42
+
+
+def add_runtime_flags(parser):
+    """The flags of RuntimeArgs, the same in every command."""
+    group = parser.add_argument_group("runtime")
+    default = RuntimeArgs()
+    group.add_argument("--device_target", choices=("CPU", "Ascend", "auto"), default=default.device_target,
+                       help="where to compute (default: Ascend if there is one, else CPU)")  # fmt: skip
+    group.add_argument("--ms_mode", type=mode_name, default=default.ms_mode,
+                       help="0: graph mode, compiled; 1: PyNative, for debugging (default 0)")  # fmt: skip
+    group.add_argument("--jit_level", choices=("O0", "O1", "O2"), default=None, help="MindSpore's graph optimisation")
+    group.add_argument("--ms_amp_level", choices=AMP_LEVELS, default=default.ms_amp_level,
+                       help="O0: float32, O2: float16 with a float32 autoencoder (default: O2 on Ascend, O0 on CPU)")  # fmt: skip
+    group.add_argument("--flash_attention", type=flag, default=False, help="Ascend's fused attention (default False)")
+    group.add_argument("--seed", type=int, default=default.seed, help=f"default {default.seed}")
+    return group
+
+
+def runtime_args(namespace):
+    """RuntimeArgs from parsed flags."""
+    fields = RuntimeArgs.__dataclass_fields__
+    return RuntimeArgs(**{name: getattr(namespace, name) for name in fields if hasattr(namespace, name)})
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a started process knows of itself."""
+
+    device: str  # CPU or Ascend
+    dtype: object  # of text encoders and UNet: ms.float32 or ms.float16
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self):
+        """Whether this process reports and writes."""
+        return self.rank == 0
+
+
+def start_runtime(args):
+    """Set MindSpore up; call once, before any network is built.
+
+    Returns:
+        Runtime.
+
+    Raises:
+        ValueError: the device is not there, or the settings do not go together.
+    """
+    device = _device(args.device_target)
+    ms.set_context(mode=ms.GRAPH_MODE if args.ms_mode == "graph" else ms.PYNATIVE_MODE)
+    if args.jit_level:
+        ms.set_context(jit_config={"jit_level": args.jit_level})
+    rank, world_size = 0, 1
+    if args.is_parallel:
+        from gm.cluster import join  # starts helper processes: only where asked for
+
+        rank, world_size = join(device)
+    start_logging(rank)
+    ms.set_seed(args.seed)
+    np.random.seed(args.seed)
+    random.seed(args.seed)
+    amp = {"auto": "O2" if device == "Ascend" else "O0"}.get(args.ms_amp_level, args.ms_amp_level)
+    if args.flash_attention and device != "Ascend":
+        raise ValueError("--flash_attention True needs an Ascend device; leave it out on a CPU.")
+    return Runtime(device, ms.float16 if amp == "O2" else ms.float32, args.seed, rank, world_size)
+
+
+def _device(target):
+    """Choose the device and check that it is there."""
+    if target == "auto":
+        target = "Ascend" if _has_ascend() else "CPU"
+    elif target == "Ascend" and not _has_ascend():
+        raise ValueError(
+            "--device_target Ascend, but MindSpore finds no Ascend device here (is the CANN toolkit installed and "
+            "its set_env.sh sourced?). Use --device_target CPU to run on the processor."
+        )
+    ms.set_device(target)
+    return target
+
+
+def _has_ascend():
+    try:
+        return ms.hal.is_available("Ascend")
+    except ValueError:  # this build of MindSpore cannot drive one
+        return False
+
+
+def start_logging(rank=0):
+    """Log to the terminal; ranks other than 0 only warn."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING, force=True)
+
+
+def describe(runtime, args):
+    """One line for the log."""
+    precision = "float16 (autoencoder float32)" if runtime.dtype == ms.float16 else "float32"
+    ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
+    return f"{runtime.device}, {args.ms_mode} mode, {precision}, seed {runtime.seed}{ranks}; MindSpore {ms.__version__}"

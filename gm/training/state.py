@@ -1,0 +1,169 @@
+"""What is kept of a run: learned files, the state that continues it exactly, and its losses."""
+
+import csv
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from gm.atomic_file import atomic_file
+from gm.textual_inversion.embedding_file import Embedding, write_embedding
+
+logger = logging.getLogger(__name__)
+
+KEPT_STATES = 2
+_STATE_NAME = re.compile(r"step_(\d+)\.npz")
+
+
+def save_state(folder, step, *, arrays, numbers):
+    """Write <folder>/step_<step>.npz and remove all but the newest two.
+
+    Args:
+        arrays: name -> numpy array.
+        numbers: JSON-serialisable.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / f"step_{step:08d}.npz") as file:
+        np.savez(file, __numbers__=np.array(json.dumps({**numbers, "step": step})), **arrays)
+    for _, path in _states(folder)[:-KEPT_STATES]:
+        path.unlink(missing_ok=True)
+
+
+def load_state(path):
+    """Read the newest whole state of a run, or one file of it.
+
+    Args:
+        path: a run's --save_path, its state/ folder, or one step_<n>.npz.
+
+    Returns:
+        (arrays, numbers); numbers["step"] counts the steps taken.
+
+    Raises:
+        FileNotFoundError: there is no state.
+        ValueError: every state there is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read(path)
+    folder = path if path.name == "state" else path / "state"
+    states = _states(folder)
+    if not states:
+        raise FileNotFoundError(f"--resume '{path}': no state of a run is there (looked for {folder}/step_<n>.npz).")
+    for _, state in reversed(states):
+        try:
+            return _read(state)
+        except ValueError as e:
+            logger.warning("%s Trying the one before it.", e)
+    raise ValueError(f"--resume '{path}': every state in {folder} is damaged.")
+
+
+def _states(folder):
+    found = ((_STATE_NAME.fullmatch(path.name), path) for path in Path(folder).glob("step_*.npz"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _read(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        numbers = json.loads(str(arrays.pop("__numbers__")))
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as e:
+        raise ValueError(f"{path} is damaged or no state of a run ({e}).") from e
+    return arrays, numbers
+
+
+class LearnedFiles:
+    """The `<name>_<step>_ti.ckpt` files of a run.
+
+    Args:
+        folder: the run's --save_path.
+        name: of the model, such as SD-XL-base-1.0.
+        concept: Concept whose rows are written.
+        metadata: settings of the run, text to text, for formats that can hold them.
+        keep: how many to keep, the newest; None keeps all.
+    """
+
+    def __init__(self, folder, name, concept, *, metadata, keep=None):
+        self.folder, self.name, self.concept, self.metadata, self.keep = Path(folder), name, concept, metadata, keep
+
+    def path(self, step):
+        return self.folder / f"{self.name}_{step}_ti.ckpt"
+
+    def save(self, step, *, final=False):
+        """Write the rows of this step; the last ones also as .safetensors for other programs."""
+        clip_l, clip_g = self.concept.rows()
+        embedding = Embedding(
+            self.concept.token, clip_l, clip_g, step=step, base_model=self.name, metadata=self.metadata
+        )
+        write_embedding(self.path(step), embedding, format="ckpt", overwrite=True)
+        if final:
+            path = self.path(step).with_suffix(".safetensors")
+            write_embedding(path, embedding, format="webui", overwrite=True)
+        if self.keep is not None:
+            self._remove_old()
+        return self.path(step)
+
+    def _remove_old(self):
+        pattern = re.compile(re.escape(self.name) + r"_(\d+)_ti\.ckpt")
+        found = ((pattern.fullmatch(path.name), path) for path in self.folder.glob("*_ti.ckpt"))
+        files = sorted((int(match[1]), path) for match, path in found if match)
+        for _, path in files[: -self.keep]:
+            path.unlink(missing_ok=True)
+
+
+class LossLog:
+    """loss.csv, a line a step, and loss.png, drawn from it."""
+
+    HEADER = ("step", "update", "loss", "grad_norm", "learning_rate")
+
+    def __init__(self, folder):
+        self.path = Path(folder) / "loss.csv"
+        self.rows = []
+
+    def resume(self, step):
+        """Keep what was logged up to a step: the run goes on from there."""
+        if self.path.is_file():
+            with open(self.path, newline="") as file:
+                lines = [line for line in csv.reader(file) if len(line) == len(self.HEADER) and line[0].isdigit()]
+            self.rows = [tuple(line) for line in lines if int(line[0]) <= step]
+
+    def add(self, step, result, update):
+        self.rows.append((step, update, f"{result.loss:.6g}", f"{result.grad_norm:.6g}", f"{result.rate:.6g}"))
+
+    def save(self):
+        with atomic_file(self.path) as file:
+            lines = "\n".join(",".join(map(str, row)) for row in (self.HEADER, *self.rows))
+            file.write(f"{lines}\n".encode())
+        self._draw().save(self.path.with_suffix(".png"))
+
+    def _draw(self, size=(800, 400), margin=40):
+        """The loss by step, faint, and its running mean over a twentieth of the run, dark."""
+        from PIL import Image, ImageDraw
+
+        image = Image.new("RGB", size, "white")
+        if not self.rows:
+            return image
+        draw = ImageDraw.Draw(image)
+        steps = np.array([int(row[0]) for row in self.rows])
+        losses = np.array([float(row[2]) for row in self.rows])
+        window = max(1, len(losses) // 20)
+        mean = np.convolve(np.pad(losses, (window - 1, 0), "edge"), np.full(window, 1 / window), "valid")
+        top = float(np.quantile(losses, 0.99)) * 1.1 or 1.0
+        width, height = size[0] - 2 * margin, size[1] - 2 * margin
+
+        def points(values):
+            x = margin + width * (steps - steps[0]) / max(1, steps[-1] - steps[0])
+            y = margin + height * (1 - np.clip(values / top, 0, 1))
+            return list(zip(x.tolist(), y.tolist(), strict=True))
+
+        draw.rectangle((margin, margin, size[0] - margin, size[1] - margin), outline="gray")
+        if len(steps) > 1:
+            draw.line(points(losses), fill=(190, 205, 230))
+            draw.line(points(mean), fill=(20, 60, 140), width=2)
+        draw.text((margin, margin // 2), f"loss (top {top:.3g}) and its mean over {window} steps", fill="black")
+        draw.text((margin, size[1] - margin + 8), f"step {steps[0]} to {steps[-1]}", fill="black")
+        return image
