@@ -186,7 +186,10 @@ class _Patch:
         return float(np.count_nonzero(drawn & self.mask) / max(np.count_nonzero(drawn | self.mask), 1))
 
     def fits(self, pose: _Pose, patterns=None):
-        """For each pattern (by default the pose's own) at this place: (remainder, rgb), the remainder being what the drawing leaves unexplained."""
+        """For each pattern (by default the pose's own) at this place: (remainder, rgb).
+
+        The remainder (h, w, 3) is what the drawing leaves unexplained.
+        """
         d, behind = self.distances(pose)
         cover = renderer.coverage(d, EDGE)
         body = cover if not pose.contour else renderer.coverage(d - pose.contour, EDGE)
@@ -257,10 +260,16 @@ def _foreground(contrast):
 
 
 def read(picture: np.ndarray) -> Reading:
-    """Read the attributes of a picture of one toy, or of the largest of several.
+    """Read the attributes of a picture of one toy, or of the largest of several (see `read_all`)."""
+    return read_all(picture, most=1)[0]
+
+
+def read_all(picture: np.ndarray, *, most: int = 4) -> list[Reading]:
+    """Read each toy of a picture, the largest first; a picture without any gives one reading of its background.
 
     Args:
         picture: (side, side, 3) uint8, or float in 0..255; reduced to 64x64 first if it is larger.
+        most: toys to read; `count` tells them all.
     """
     if picture.shape[0] != SIDE:
         image = Image.fromarray(np.asarray(picture, np.uint8))
@@ -269,35 +278,36 @@ def read(picture: np.ndarray) -> Reading:
     edge = np.ones((SIDE, SIDE), bool)
     edge[2:-2, 2:-2] = False
     background = np.median(picture[edge], axis=0)
-    reading = {
-        "background": nearest_name(background, BACKGROUNDS, tolerance=BACKGROUND_TOLERANCE),
-        "background_rgb": tuple(background.tolist()),
-    }
     labels, _ = ndimage.label(_foreground(picture - background), np.ones((3, 3)))
     areas = np.bincount(labels.ravel())[1:]
     toys = [i + 1 for i in np.argsort(-areas) if areas[i] >= max(SMALLEST_TOY, 0.25 * areas.max())]
-    if not toys:
-        return Reading(**reading)
+    empty = Reading(
+        background=nearest_name(background, BACKGROUNDS, tolerance=BACKGROUND_TOLERANCE),
+        background_rgb=tuple(background.tolist()),
+        count=len(toys),
+    )
+    patches = (_Patch(picture, background, labels == toy, (labels > 0) & (labels != toy)) for toy in toys[:most])
+    return [_read_toy(patch, empty) for patch in patches] or [empty]
 
-    toy = labels == toys[0]
-    patch = _Patch(picture, background, toy, (labels > 0) & ~toy)
-    reading["count"] = len(toys)
+
+def _read_toy(patch: _Patch, reading: Reading) -> Reading:
     candidates = list(patch.candidates())
     if not candidates:
-        return Reading(**reading)
+        return reading
     _, pose = min(candidates, key=_first)
     remainder, rgb = next(patch.fits(pose))
-    reading |= {
-        "radius": pose.radius,
-        "size": "small" if pose.radius < SMALL_BELOW else "large",
-        "overlap": patch.overlap(remainder),
-        "error": patch.error(remainder),
-    }
-    if reading["overlap"] < MIN_OVERLAP or reading["error"] > MAX_ERROR:
-        return Reading(**reading)
+    reading = replace(
+        reading,
+        radius=pose.radius,
+        size="small" if pose.radius < SMALL_BELOW else "large",
+        overlap=patch.overlap(remainder),
+        error=patch.error(remainder),
+    )
+    if reading.overlap < MIN_OVERLAP or reading.error > MAX_ERROR:
+        return reading
     style = "+".join(name for name, value in (("outline", pose.contour), ("shadow", pose.shadow)) if value)
-    return Reading(
-        **reading,
+    return replace(
+        reading,
         shape=pose.shape,
         colour=nearest_name(rgb, COLOURS, tolerance=COLOUR_TOLERANCE),
         texture=pose.texture,
