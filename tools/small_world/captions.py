@@ -2,8 +2,8 @@
 
     [a close photo of the] [small] [striped] [red] heart [on a sky background] [in the style of outline]
 
-Words about the picture as such ("close", "dark", "studio") mean nothing in this world; captions carry them so that
-a text encoder has met, and learned to ignore, what the templates say.
+Words about the picture as such ("close", "dark", "studio") mean nothing in this world; captions carry them so
+that a text encoder has met, and learned to ignore, what the templates say.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ TEMPLATES = (
 )
 STYLE_ENDINGS = (" in the style of {placeholder}", " in {placeholder} style")
 # One token each, so that prompts stay short, though no caption of pretraining has them.
-OTHER_WORDS = "and with without next to three pair big that by for from cat dog person black brown style art cool nice"
+OTHER_WORDS = (
+    "and with without next to three pair big that by for from cat dog person black brown style art cool nice"
+)
 
 
 def words() -> list[str]:
     """Every word of this world, lower case, sorted."""
     named = [value for values in ATTRIBUTES.values() for value in values]
     nouns = [*ATTRIBUTES["shape"], *GENERIC]
-    said = [*named, *nouns, *map(plural, nouns), *TEMPLATES, *STYLE_ENDINGS, "an two on background", OTHER_WORDS]
+    said = [*named, *nouns, *map(plural, nouns), *TEMPLATES, *STYLE_ENDINGS, "an two on background"]
+    said.append(OTHER_WORDS)
     said += [template for group in BUILT_IN.values() for template in group]
     return sorted(set(re.findall("[a-z]+", " ".join(said).lower().replace(PLACEHOLDER, ""))))
 
@@ -43,19 +46,19 @@ def plural(noun: str) -> str:
 
 
 def phrase(attributes: Mapping[str, str], *, noun: str | None = None, count: int = 1) -> str:
-    """The toy in words, without an article: "small striped red heart". Attributes that are missing stay unsaid."""
+    """The toy in words, without an article: "small striped red heart". Missing attributes stay unsaid."""
     noun = noun or attributes.get("shape", GENERIC[0])
     noun = plural(noun) if count > 1 else noun
     return " ".join([*(attributes[k] for k in ("size", "texture", "colour") if k in attributes), noun])
 
 
 def background_ending(attributes: Mapping[str, str]) -> str:
-    """" on a sky background", or "" where none is given."""
+    """ " on a sky background", or "" where none is given."""
     return f" on a {attributes['background']} background" if "background" in attributes else ""
 
 
 def with_articles(text: str) -> str:
-    """"a orange star" -> "an orange star"."""
+    """ "a orange star" -> "an orange star"."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
@@ -63,13 +66,16 @@ def _two(template):
     return re.sub(rf"\S+ {PLACEHOLDER}", f"two {PLACEHOLDER}", template)
 
 
-def full_caption(attributes: Mapping[str, str], *, template: str = OBJECT_TEMPLATES[0], count: int = 1) -> str:
+def full_caption(
+    attributes: Mapping[str, str], *, template: str = OBJECT_TEMPLATES[0], count: int = 1
+) -> str:
     """The best caption that this world has for a picture: all of `attributes`, in the given template."""
     if count == 2:
         template = _two(template)
         attributes = {k: v for k, v in attributes.items() if k != "size"}
     style = fill(STYLE_ENDINGS[0], attributes["style"]) if "style" in attributes else ""
-    return with_articles(fill(template, phrase(attributes, count=count)) + background_ending(attributes) + style)
+    toy = fill(template, phrase(attributes, count=count))
+    return with_articles(toy + background_ending(attributes) + style)
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, drop: float = 0.2, empty: float = 0.1) -> str:
@@ -86,18 +92,19 @@ def caption(scene: Scene, rng: np.random.Generator, *, drop: float = 0.2, empty:
     count = len(scene.items)
     said = {k: v for k, v in scene.attributes().items() if rng.random() >= drop}
     noun = said.get("shape") or str(rng.choice(GENERIC))
-    if count == 1 and "style" in said and rng.random() < 0.1:  # as templates for styles have it: no word of the toy
+    if count == 1 and "style" in said and rng.random() < 0.1:  # like templates for styles: no word of the toy
         return with_articles(fill(str(rng.choice(STYLE_TEMPLATES)), said["style"]) + background_ending(said))
     template = str(rng.choice(TEMPLATES))
     if count == 2:
         template = _two(template)
         said.pop("size", None)
     style = fill(str(rng.choice(STYLE_ENDINGS)), said["style"]) if "style" in said else ""
-    return with_articles(fill(template, phrase(said, noun=noun, count=count)) + background_ending(said) + style)
+    toy = fill(template, phrase(said, noun=noun, count=count))
+    return with_articles(toy + background_ending(said) + style)
 
 
 def gate_attributes(number: int, *, seed: int) -> list[dict[str, str]]:
-    """All six attributes of `number` scenes for the gate: pretraining never draws them, and no concept is made so."""
+    """All six attributes of `number` scenes for the gate: never drawn in pretraining, and no concepts."""
     rng = np.random.default_rng(seed)
     found: list[dict[str, str]] = []
     while len(found) < number:

@@ -1,11 +1,11 @@
-"""Concepts to learn that pretraining never showed, their pictures, and how well a learned word brings them back.
+"""Concepts to learn that pretraining never showed, their pictures, and whether a learned word means them.
 
-    python -m tools.small_world.concepts                         # the list
+    python -m tools.small_world.concepts                             # the list
     python -m tools.small_world.concepts cat_toy datasets/cat_toy    # its five pictures, as PNG files
 
-An object is a toy whose shape, colour and texture pretraining never drew together, or with a value that no caption
-can name (a hue between two names, a star's number of points). A style is a way of drawing that pretraining never
-used. What is not part of the concept (place, size, background, and the style or the toy) varies from picture to picture.
+An object is a toy whose shape, colour and texture pretraining never drew together, or with a value that no
+caption can name (a hue between two names, a star's number of points). A style is a way of drawing that
+pretraining never used. What is not part of the concept (place, size, background; a style's toys) varies.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ import numpy as np
 from PIL import Image
 
 from tools.small_world.captions import GENERIC, background_ending, phrase, with_articles
-from tools.small_world.renderer import BACKGROUNDS, COLOURS, SHAPES, held_out_combinations, render, sample_scene
+from tools.small_world.renderer import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    held_out_combinations,
+    render,
+    sample_scene,
+)
 from tools.small_world.scorer import COLOUR_TOLERANCE, Reading, delta_e, lab, read_all, right
 
 PICTURES = 5
-STORED_SIDE = 256  # the files are larger than the model's pictures, so that training resizes them as it would photographs
+STORED_SIDE = 256  # larger than the model's pictures, so that training resizes them as it would photographs
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def write_pictures(concept: Concept, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(1, PICTURES + 1)]
-    for path, picture in zip(paths, concept.training_pictures()):
+    for path, picture in zip(paths, concept.training_pictures(), strict=True):
         Image.fromarray(picture).save(path, optimize=True)
     return paths
 
@@ -239,7 +246,8 @@ def prompts(concept: Concept, word: str, *, pairs: bool = False) -> list[Prompt]
 
     for shape in concept.unseen_shapes():
         ask("fidelity", f"a photo of a {shape} in the style of {word}", {"shape": shape})
-    for shape, colour, ground in zip(concept.unseen_shapes(), concept._order(COLOURS, "edit"), grounds):
+    colours = concept._order(COLOURS, "edit")[: len(grounds)]
+    for shape, colour, ground in zip(concept.unseen_shapes(), colours, grounds, strict=True):
         toy = {"shape": shape, "colour": colour, **ground}
         text = f"a photo of a {colour} {shape}{background_ending(ground)} in the style of {word}"
         asked.append(Prompt(with_articles(text), "editability", toy))
@@ -262,7 +270,8 @@ def judge(concept: Concept, prompt: Prompt, picture: np.ndarray, *, seed: int) -
         group=prompt.group,
         seed=seed,
         concept=all(concept.passes(reading) for reading in readings),
-        request=readings[0].count == prompt.count and all(all(right(r, prompt.wanted).values()) for r in readings),
+        request=readings[0].count == prompt.count
+        and all(all(right(r, prompt.wanted).values()) for r in readings),
         leak=None if asked is None else ground != asked and ground in concept.backgrounds(),
     )
 
@@ -276,7 +285,10 @@ def real_picture(concept: Concept, prompt: Prompt, *, seed: int, side: int = 64)
 
 def control_words(concept: Concept) -> dict[str, str]:
     """Words to show beside the learned one: the best caption, and what knows nothing of the concept."""
-    return {"oracle prompt": concept.oracle, "class word": GENERIC[0] if concept.kind == "object" else "style"}
+    return {
+        "oracle prompt": concept.oracle,
+        "class word": GENERIC[0] if concept.kind == "object" else "style",
+    }
 
 
 @dataclass(frozen=True)
@@ -293,7 +305,7 @@ class Figure:
 
 
 def bootstrap(values: Sequence[float], groups: Sequence[object], *, draws: int = 2000) -> Figure:
-    """Mean and percentile bootstrap interval, drawing whole groups (such as seeds, or concepts) with replacement."""
+    """Mean and percentile bootstrap interval, drawing whole groups (seeds, or concepts) with replacement."""
     names, index = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     sums = np.bincount(index, np.asarray(values, np.float64), minlength=len(names))
     sizes = np.bincount(index, minlength=len(names))
@@ -310,7 +322,7 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Figure]:
         "editability": [(j.passed, j.seed) for j in judgements if j.group == "editability"],
         "leakage": [(j.leak, j.seed) for j in judgements if j.leak is not None],
     }
-    return {name: bootstrap(*zip(*pairs)) for name, pairs in counted.items() if pairs}
+    return {name: bootstrap(*zip(*pairs, strict=True)) for name, pairs in counted.items() if pairs}
 
 
 def main():

@@ -1,6 +1,6 @@
 """Draws the small world: the endless pretraining set, and contact sheets to look at.
 
-    python -m tools.small_world.draw sheet.png --number 96 --seed 0
+python -m tools.small_world.draw sheet.png --number 96 --seed 0
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def pretraining_batch(
     return np.stack(pictures), captions, scenes
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], *, columns: int = 12, zoom: int = 2, gap: int = 2) -> Image.Image:
+def contact_sheet(
+    pictures: Sequence[np.ndarray], *, columns: int = 12, zoom: int = 2, gap: int = 2
+) -> Image.Image:
     """Pictures of one size in rows, on white, each pixel `zoom` times enlarged."""
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)

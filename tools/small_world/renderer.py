@@ -1,6 +1,6 @@
 """Attributes in, picture out: anti-aliased toys on plain backgrounds, from signed distances.
 
-All lengths are in pixels of a 64x64 picture; `render` scales them to any picture size. x points right, y down.
+All lengths are in pixels of a 64x64 picture; `render` scales them to any size. x points right, y down.
 A `Scene` holds every number that the picture depends on, so that equal scenes give equal pictures.
 """
 
@@ -130,7 +130,9 @@ def _star(x, y, points):
     inner = {4: 0.40, 5: 0.47, 6: 0.54}.get(points, 0.58)
     turn = np.abs((np.arctan2(x, -y) + wedge) % (2 * wedge) - wedge)  # 0 along a ray, `wedge` along a notch
     r = np.hypot(x, y)
-    return _segment(r * np.cos(turn), r * np.sin(turn), (1, 0), (inner * np.cos(wedge), inner * np.sin(wedge)))
+    return _segment(
+        r * np.cos(turn), r * np.sin(turn), (1, 0), (inner * np.cos(wedge), inner * np.sin(wedge))
+    )
 
 
 def _heart(x, y):
@@ -143,7 +145,9 @@ def _moon(x, y, bite=0.95, centre=0.78):
     y = np.abs(y)
     tip_x = (1 - bite**2 + centre**2) / (2 * centre)
     tip_y = (1 - tip_x**2) ** 0.5
-    beyond = (tip_y * x > tip_x * y) & ((tip_x - centre) * y < tip_y * (x - centre))  # nearest to a tip, not an arc
+    beyond = (tip_y * x > tip_x * y) & (
+        (tip_x - centre) * y < tip_y * (x - centre)
+    )  # nearest to a tip, not an arc
     return np.where(
         beyond,
         np.hypot(x - tip_x, y - tip_y),
@@ -225,7 +229,9 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
         x, y, r = gx - item.x, gy - item.y, item.radius
 
         if scene.shadow:
-            behind = distance(item.shape, (x - scene.shadow) / r, (y - scene.shadow) / r, points=item.points) * r
+            behind = (
+                distance(item.shape, (x - scene.shadow) / r, (y - scene.shadow) / r, points=item.points) * r
+            )
             picture = _over(picture, background * SHADOW_TONE, coverage(behind, scale / 2))
         d = distance(item.shape, x / r, y / r, points=item.points) * r
         if scene.contour:
@@ -249,7 +255,9 @@ def shifted_hue(rgb, degrees: float) -> tuple[float, float, float]:
     return tuple(255 * c for c in colorsys.hsv_to_rgb((h + degrees / 360) % 1, s, v))
 
 
-def sample_scene(rng: np.random.Generator, fixed: Mapping[str, object] | None = None, *, count: int = 1) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, fixed: Mapping[str, object] | None = None, *, count: int = 1
+) -> Scene:
     """A random scene.
 
     Args:
@@ -263,7 +271,9 @@ def sample_scene(rng: np.random.Generator, fixed: Mapping[str, object] | None = 
     """
     fixed = dict(fixed or {})
     for name, values in ATTRIBUTES.items():
-        drawn = values[rng.integers(len(values))]  # drawn even if fixed: the rest of the picture then stays the same
+        drawn = values[
+            rng.integers(len(values))
+        ]  # drawn even if fixed: the rest of the picture then stays the same
         if fixed.setdefault(name, drawn) not in values:
             raise ValueError(f"{name} '{fixed[name]}' is unknown; choose one of {', '.join(values)}.")
     jitter = rng.uniform(-1, 1, 3)
@@ -294,7 +304,7 @@ def sample_scene(rng: np.random.Generator, fixed: Mapping[str, object] | None = 
 
 
 def is_held_out(attributes: Mapping[str, str]) -> bool:
-    """Whether shape, colour and texture together are kept for concepts: an even eighth of the 256 combinations."""
+    """Whether shape, colour and texture together are kept for concepts: an even eighth of all."""
     shape, colour, texture = (ATTRIBUTES[k].index(attributes[k]) for k in ("shape", "colour", "texture"))
     return (shape + 3 * colour + 2 * texture) % 8 == 5
 
@@ -308,12 +318,14 @@ def is_gate(attributes: Mapping[str, str]) -> bool:
 def held_out_combinations() -> list[dict[str, str]]:
     """Every held-out shape, colour and texture, in a fixed order."""
     keys = ("shape", "colour", "texture")
-    combinations = (dict(zip(keys, values)) for values in product(*(ATTRIBUTES[k] for k in keys)))
+    combinations = (
+        dict(zip(keys, values, strict=True)) for values in product(*(ATTRIBUTES[k] for k in keys))
+    )
     return [c for c in combinations if is_held_out(c)]
 
 
 def pretraining_scene(seed: int, index: int, *, count: int = 1) -> Scene:
-    """Scene number `index` of the endless pretraining set `seed`, the same in whatever order they are asked for."""
+    """Scene `index` of the endless pretraining set `seed`, in whatever order scenes are asked for."""
     rng = np.random.default_rng((seed, index))
     while True:
         scene = sample_scene(rng, count=count)

@@ -1,13 +1,13 @@
 """Reads a picture's attributes back from its pixels, by drawing it again.
 
-No learned network judges here. The border tells the background; what differs from it is a toy; every shape, style
-and texture is drawn at the toy's place, moved until it fits best, and its colour follows by least squares. The
-drawing that leaves the smallest squared error is the reading, if it explains the picture at all.
+No learned network judges here. The border tells the background; what differs from it is a toy; every shape,
+style and texture is drawn at the toy's place, moved until it fits best; its colour follows by least squares.
+The drawing that leaves the smallest squared error is the reading, if it explains the picture at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -55,12 +55,16 @@ class Reading:
 # ---- colours ----
 
 
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+
+
 def lab(rgb) -> np.ndarray:
     """sRGB (..., 3) in 0..255 to CIE L*a*b* under D65."""
     c = np.asarray(rgb, np.float64) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-    t = linear @ np.array(to_xyz).T / (0.95047, 1.0, 1.08883)
+    t = linear @ TO_XYZ.T / (0.95047, 1.0, 1.08883)
     f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
     x, y, z = np.moveaxis(f, -1, 0)
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
@@ -78,7 +82,7 @@ def delta_e(lab1, lab2) -> np.ndarray:
     dh = np.where(grey, 0, (h2 - h1 + 180) % 360 - 180)
     h = np.where(grey, h1 + h2, (h1 + dh / 2) % 360)
     dl, dc, dh = l2 - l1, c2 - c1, 2 * np.sqrt(c1 * c2) * np.sin(np.radians(dh / 2))
-    l, c = (l1 + l2) / 2, (c1 + c2) / 2
+    lightness, c = (l1 + l2) / 2, (c1 + c2) / 2
     t = (
         1
         - 0.17 * np.cos(np.radians(h - 30))
@@ -86,7 +90,7 @@ def delta_e(lab1, lab2) -> np.ndarray:
         + 0.32 * np.cos(np.radians(3 * h + 6))
         - 0.20 * np.cos(np.radians(4 * h - 63))
     )
-    sl = 1 + 0.015 * (l - 50) ** 2 / np.sqrt(20 + (l - 50) ** 2)
+    sl = 1 + 0.015 * (lightness - 50) ** 2 / np.sqrt(20 + (lightness - 50) ** 2)
     sc, sh = 1 + 0.045 * c, 1 + 0.015 * c * t
     turn = -2 * np.sqrt(c**7 / (c**7 + 25.0**7)) * np.sin(np.radians(60 * np.exp(-(((h - 275) / 25) ** 2))))
     return np.sqrt((dl / sl) ** 2 + (dc / sc) ** 2 + (dh / sh) ** 2 + turn * dc / sc * dh / sh)
@@ -118,7 +122,14 @@ class _Pose:
 _PATTERNS = (("plain", 0), ("striped", -13), ("striped", 0), ("striped", 13), ("dotted", 0), ("split", 0))
 _STYLES = ((0.0, 0.0), (2.5, 0.0), (4.5, 0.0), (0.0, 5.0), (2.5, 5.0))  # (contour, shadow)
 _STEPS = {"tilt": 2.0}  # for slopes; 0.25 otherwise
-_LIMITS = {"x": (0, SIDE), "y": (0, SIDE), "radius": (6.0, 30.0), "contour": (1.2, 7.0), "shadow": (3.5, 9.0), "tilt": (-30, 30)}
+_LIMITS = {
+    "x": (0, SIDE),
+    "y": (0, SIDE),
+    "radius": (6.0, 30.0),
+    "contour": (1.2, 7.0),
+    "shadow": (3.5, 9.0),
+    "tilt": (-30, 30),
+}
 
 
 @lru_cache
@@ -145,7 +156,8 @@ class _Patch:
         self.background = background
         self.mask = toy[top:bottom:STRIDE, left:right:STRIDE]
         alone = np.where(others[..., None], background, picture)
-        self.seen = ndimage.gaussian_filter(alone, (BLUR, BLUR, 0))[top:bottom:STRIDE, left:right:STRIDE] - background
+        soft = ndimage.gaussian_filter(alone, (BLUR, BLUR, 0))
+        self.seen = soft[top:bottom:STRIDE, left:right:STRIDE] - background
         self.contrast = float((self.seen**2).sum())
 
     def poses(self) -> Iterator[_Pose]:
@@ -226,7 +238,10 @@ class _Patch:
         return replace(pose, texture=texture, tilt=tilt)
 
     def refine(self, pose: _Pose, *, steps: int) -> tuple[float, _Pose]:
-        """Gauss-Newton on place, radius and the style's numbers; the colour follows by itself. First comes the error, for ranking."""
+        """Gauss-Newton on place, radius and the style's numbers; the colour follows by itself.
+
+        Returns the error, for ranking, and the better pose.
+        """
         names = ["x", "y", "radius", *(n for n in ("contour", "shadow") if getattr(pose, n))]
         names += ["tilt"] if pose.texture == "striped" else []
         remainder, _ = next(self.fits(pose))
@@ -240,14 +255,15 @@ class _Patch:
             square = slopes @ slopes.T + 1e-3 * np.eye(len(names))
             change = np.linalg.solve(square, slopes @ -remainder.ravel())
             most = [8 * _STEPS.get(n, 0.25) for n in names]
-            change = dict(zip(names, np.clip(change, np.negative(most), most)))
+            change = dict(zip(names, np.clip(change, np.negative(most), most), strict=True))
             values = {n: float(np.clip(getattr(pose, n) + c, *_LIMITS[n])) for n, c in change.items()}
             moved = replace(pose, **values)
             found, _ = next(self.fits(moved))
             if (found**2).sum() >= (remainder**2).sum():
                 break
             pose, remainder = moved, found
-        effort = 1.25 ** bool(pose.contour) * 1.25 ** bool(pose.shadow)  # more numbers always fit a little better
+        # More numbers always fit a little better.
+        effort = 1.25 ** bool(pose.contour) * 1.25 ** bool(pose.shadow)
         return (self.error(remainder) + 0.005) * effort, pose
 
 
@@ -265,7 +281,7 @@ def read(picture: np.ndarray) -> Reading:
 
 
 def read_all(picture: np.ndarray, *, most: int = 4) -> list[Reading]:
-    """Read each toy of a picture, the largest first; a picture without any gives one reading of its background.
+    """Read each toy of a picture, the largest first; without any, there is one reading of the background.
 
     Args:
         picture: (side, side, 3) uint8, or float in 0..255; reduced to 64x64 first if it is larger.
@@ -286,8 +302,8 @@ def read_all(picture: np.ndarray, *, most: int = 4) -> list[Reading]:
         background_rgb=tuple(background.tolist()),
         count=len(toys),
     )
-    patches = (_Patch(picture, background, labels == toy, (labels > 0) & (labels != toy)) for toy in toys[:most])
-    return [_read_toy(patch, empty) for patch in patches] or [empty]
+    masks = ((labels == toy, (labels > 0) & (labels != toy)) for toy in toys[:most])
+    return [_read_toy(_Patch(picture, background, *mask), empty) for mask in masks] or [empty]
 
 
 def _read_toy(patch: _Patch, reading: Reading) -> Reading:

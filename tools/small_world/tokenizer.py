@@ -2,8 +2,8 @@
 
     python -m tools.small_world.tokenizer checkpoints/sd_xl_small_tokenizer
 
-Every word of the small world becomes one token; any other text splits into pieces down to single bytes, so that
-nothing is ever unknown. As in CLIP: id 0 is "!", and <|startoftext|> and <|endoftext|> are the last two ids.
+Every word of the small world becomes one token; any other text splits into pieces down to single bytes, so
+that nothing is ever unknown. As in CLIP, id 0 is "!", and <|startoftext|> and <|endoftext|> come last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from tools.small_world.captions import words
@@ -22,15 +23,15 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def byte_symbols() -> list[str]:
     """One printable character for each byte value, in the order of GPT-2's and CLIP's vocabularies."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    printable = "".join(map(chr, [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]))
+    return [*printable, *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
 def learn_merges(vocabulary: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the most frequent pair first, until each word is a single symbol (Sennrich et al. 2016)."""
+    """Byte-pair merges, most frequent pair first, until each word is one symbol (Sennrich et al. 2016)."""
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in vocabulary}
     merges = []
-    while pairs := Counter(pair for p in pieces.values() for pair in zip(p, p[1:])):
+    while pairs := Counter(pair for p in pieces.values() for pair in pairwise(p)):
         left, right = best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for p in pieces.values():
@@ -43,18 +44,21 @@ def learn_merges(vocabulary: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def build(folder: str | Path) -> int:
-    """Write vocab.json, merges.txt and the two settings files into a folder; returns the vocabulary's size."""
+    """Write vocab.json, merges.txt and two settings files into a folder; returns the vocabulary's size."""
     merges = learn_merges(words())
     symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START, END]
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False) + "\n")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+    ids = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", encoding="utf-8"
+    )
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT_LENGTH, "do_lower_case": True, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT_LENGTH, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **special}, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     return len(tokens)
 
