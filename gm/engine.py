@@ -74,6 +74,10 @@ class DiffusionEngine(nn.Cell):
         error = ops.mean(ops.square(output - target), (1, 2, 3))
         return ops.mean(error * weight)
 
+    def drop_first_stage(self):
+        """Give the autoencoder's memory back, where all pictures are encoded and none will be decoded."""
+        del self._encode, self._decode, self.first_stage_model
+
     def encode(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w) moments: mean and log-variance, unscaled. Numpy."""
         return self._encode(Tensor(images)).asnumpy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
+from mindspore import ops
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,18 @@ class Runtime:
         """Whether this process reports and writes."""
         return self.rank == 0
 
+    @property
+    def half_precision(self):
+        return self.dtype == ms.float16
+
+    def main_first(self, work):
+        """Call `work` on rank 0, then on the others, which find on disk what it wrote."""
+        if self.world_size == 1:
+            return work()
+        result = work() if self.is_main else None
+        ops.AllReduce()(ms.Tensor(np.zeros(1, np.float32))).asnumpy()  # all wait for rank 0
+        return result if self.is_main else work()
+
 
 def start_runtime(args):
     """Set MindSpore up; call once, before any network is built.
@@ -133,6 +146,6 @@ def start_logging(rank=0):
 
 def describe(runtime, args):
     """One line for the log."""
-    precision = "float16 (autoencoder float32)" if runtime.dtype == ms.float16 else "float32"
+    precision = "float16 (autoencoder float32)" if runtime.half_precision else "float32"
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
     return f"{runtime.device}, {args.ms_mode} mode, {precision}, seed {runtime.seed}{ranks}; MindSpore {ms.__version__}"

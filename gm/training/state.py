@@ -1,6 +1,7 @@
 """What is kept of a run: learned files, the state that continues it exactly, and its losses."""
 
 import csv
+import itertools
 import json
 import logging
 import re
@@ -8,9 +9,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from gm.atomic_file import atomic_file
-from gm.textual_inversion.embedding_file import Embedding, write_embedding
+from gm.textual_inversion.embedding_file import Embedding, file_stem, learned_file_name, write_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,21 @@ def _read(path):
     return arrays, numbers
 
 
+def set_aside(folder):
+    """Move what an earlier run left in a folder to <folder>/earlier_<n>; its latents may stay, they are reused."""
+    folder = Path(folder)
+    left = [*folder.glob("*_ti.ckpt"), *folder.glob("*.safetensors"), *folder.glob("loss.*")]
+    left += [path for name in ("state", "previews", "preview.png") if (path := folder / name).exists()]
+    if not left:
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"earlier_{n}").exists())
+    place = folder / f"earlier_{number}"
+    place.mkdir()
+    for path in left:
+        path.rename(place / path.name)
+    logger.info("%s holds an earlier run; its files are in %s now", folder, place)
+
+
 class LearnedFiles:
     """The `<name>_<step>_ti.ckpt` files of a run.
 
@@ -90,29 +107,32 @@ class LearnedFiles:
     def __init__(self, folder, name, concept, *, metadata, keep=None):
         self.folder, self.name, self.concept, self.metadata, self.keep = Path(folder), name, concept, metadata, keep
 
-    def path(self, step):
-        return self.folder / f"{self.name}_{step}_ti.ckpt"
-
     def save(self, step, *, final=False):
         """Write the rows of this step; the last ones also as .safetensors for other programs."""
         clip_l, clip_g = self.concept.rows()
         embedding = Embedding(
             self.concept.token, clip_l, clip_g, step=step, base_model=self.name, metadata=self.metadata
         )
-        write_embedding(self.path(step), embedding, format="ckpt", overwrite=True)
+        path = self.folder / learned_file_name(self.name, step)
+        write_embedding(path, embedding, format="ckpt", overwrite=True)
         if final:
-            path = self.path(step).with_suffix(".safetensors")
-            write_embedding(path, embedding, format="webui", overwrite=True)
+            # Programs that read this format take the word from the file's name.
+            name = f"{file_stem(self.concept.token)}.safetensors"
+            write_embedding(self.folder / name, embedding, format="webui", overwrite=True)
         if self.keep is not None:
-            self._remove_old()
-        return self.path(step)
+            for path in self._files()[: -self.keep]:
+                path.unlink(missing_ok=True)
+        return path
 
-    def _remove_old(self):
+    def newest(self):
+        """The learned file of the latest step, or None."""
+        files = self._files()
+        return files[-1] if files else None
+
+    def _files(self):
         pattern = re.compile(re.escape(self.name) + r"_(\d+)_ti\.ckpt")
         found = ((pattern.fullmatch(path.name), path) for path in self.folder.glob("*_ti.ckpt"))
-        files = sorted((int(match[1]), path) for match, path in found if match)
-        for _, path in files[: -self.keep]:
-            path.unlink(missing_ok=True)
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 class LossLog:
@@ -138,12 +158,11 @@ class LossLog:
         with atomic_file(self.path) as file:
             lines = "\n".join(",".join(map(str, row)) for row in (self.HEADER, *self.rows))
             file.write(f"{lines}\n".encode())
-        self._draw().save(self.path.with_suffix(".png"))
+        with atomic_file(self.path.with_suffix(".png")) as file:
+            self._draw().save(file, "PNG")
 
-    def _draw(self, size=(800, 400), margin=40):
+    def _draw(self, *, size=(800, 400), margin=40):
         """The loss by step, faint, and its running mean over a twentieth of the run, dark."""
-        from PIL import Image, ImageDraw
-
         image = Image.new("RGB", size, "white")
         if not self.rows:
             return image

@@ -1,0 +1,84 @@
+"""What can be wrong with a run before it starts, all of it at once."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from gm.data.images import check_pictures, scan_folder
+from gm.textual_inversion.concept import check_num_vectors
+from gm.textual_inversion.templates import caption_templates, picture_templates
+
+ROOM_NEEDED = 64 * 2**20  # bytes; rows, states and previews of a run take less
+
+
+def check_run(args, engine):
+    """Check pictures, captions, the word, the folder to write to.
+
+    Args:
+        args: TrainArgs.
+        engine: DiffusionEngine; weights need not be loaded.
+
+    Raises:
+        ValueError: names everything that is wrong.
+    """
+    problems = []
+
+    def attempt(check, *values):
+        try:
+            return check(*values)
+        except (ValueError, OSError) as e:
+            problems.append(str(e))
+
+    attempt(_check_pictures, args)
+    attempt(_check_captions, args, engine.conditioner.text_embedders[0].tokenizer)
+    for embedder in engine.conditioner.text_embedders:
+        attempt(embedder.tokenizer.check_placeholder, args.placeholder_token)
+    attempt(_check_sizes, args, engine)
+    attempt(_check_folder, args.save_path)
+    if args.initializer_token and args.initializer_embedding:
+        problems.append("--initializer_token and --initializer_embedding exclude each other; give one of them.")
+    word = args.placeholder_token.strip().lower()
+    for prompt in args.validation_prompts if args.infer_during_train else ():
+        if word not in prompt.lower():
+            problems.append(f"--validation_prompt '{prompt}' has no {args.placeholder_token} in it.")
+    problems = list(dict.fromkeys(problems))  # both encoders' tokenizers say the same
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError("this run cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def _check_pictures(args):
+    check_pictures(scan_folder(args.data_path, target_size=args.data.size))
+
+
+def _check_captions(args, tokenizer):
+    templates = caption_templates(args.learnable_property, template_file=args.template_file)
+    try:
+        paths = [picture.path for picture in scan_folder(args.data_path)]
+    except (ValueError, OSError):  # reported by _check_pictures
+        paths = []
+    own = picture_templates(paths, templates, token=args.placeholder_token)
+    used = list(dict.fromkeys([*templates, *(template for choices in own for template in choices)]))
+    check_num_vectors(args.num_vectors, templates=used, tokenizer=tokenizer)
+
+
+def _check_sizes(args, engine):
+    levels = len([block for block in engine.model.diffusion_model.input_blocks if len(block.takes) == 1]) - 1
+    multiple = engine.first_stage_model.downsampling * 2**levels
+    if any(side < multiple or side % multiple for side in args.data.size):
+        raise ValueError(f"data.target_size {args.data.size}: both sides must be multiples of {multiple} pixels.")
+
+
+def _check_folder(folder):
+    """That files can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as e:
+        raise ValueError(f"--save_path '{folder}' cannot be written to: {e.strerror}.") from e
+    free = shutil.disk_usage(folder).free
+    if free < ROOM_NEEDED:
+        raise ValueError(f"--save_path '{folder}': only {free // 2**20} MiB are free on its disk; make room.")
+
