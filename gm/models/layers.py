@@ -69,7 +69,7 @@ def parameter_dtype(dtype):
 
 def empty_parameter(shape, name):
     """A Parameter of zeros whose memory the system hands out only when it is written."""
-    dtype = ms.dtype_to_nptype(_dtype)
+    dtype = str(_dtype).lower()
     parameter = Parameter(Tensor(np.zeros([1] * len(shape), dtype)), name=name)
     # Parameter() copies what it is given, and so writes it; set_data keeps the untouched pages of np.zeros.
     parameter.set_data(Tensor.from_numpy(np.zeros(shape, dtype)), slice_shape=True)
@@ -472,15 +472,20 @@ class GroupNorm(nn.Cell):
         return ops.cast(y, x.dtype)
 
 
+@functools.lru_cache(maxsize=None)
+def _average_over_group(channels, num_groups):
+    """(C, C): averages the channels of a group and hands the average to each of them. One for all norms of a width."""
+    size = channels // num_groups
+    return Tensor(np.kron(np.eye(num_groups, dtype=np.float32), np.full((size, size), 1 / size, np.float32)))
+
+
 class _NormaliseGroups(nn.Cell):
     """GroupNorm of (B, L, C) without a broadcast; also returns (B, 1, C) mean and 1/std, for its own gradient."""
 
     def __init__(self, channels, eps, num_groups):
         super().__init__()
         self.eps = eps
-        size = channels // num_groups
-        # (C, C): averages the channels of a group and hands the average to each of them
-        self.over_group = Tensor(np.kron(np.eye(num_groups), np.full((size, size), 1 / size)).astype(np.float32))
+        self.over_group = _average_over_group(channels, num_groups)
 
     def over_positions(self, x):
         """(B, L, C) -> (B, 1, C) mean over positions."""
