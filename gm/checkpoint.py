@@ -1,15 +1,16 @@
 """SDXL's weights: from a file that people have into the networks, and back.
 
-Read are the original single file (.safetensors), MindSpore's .ckpt (mindone's names) and a diffusers folder; all
-arrive under the original names, which are the networks' own (`gm.models.layers.file_layouts`). A file is checked as a
-whole, by name and shape, before anything is changed, and then loaded tensor by tensor.
+Read are the original single file (.safetensors), MindSpore's .ckpt (mindone's names) and a diffusers
+folder. All arrive under the original names, which are the networks' own (`gm.models.layers.file_layouts`).
+A file is checked as a whole, by name and shape, before anything is changed, and then loaded tensor by
+tensor.
 """
 
+import hashlib
 import logging
 import re
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
@@ -56,23 +57,40 @@ def load_weights(net, path):
     """Fill a network from a weight file.
 
     Args:
-        net: DiffusionEngine, or any cell whose attribute chains are the file's names. Parameters keep their dtype.
+        net: DiffusionEngine, or any cell whose attribute chains are the file's names. Parameters keep their
+            dtype.
         path: .safetensors (fp16, bf16 or fp32), MindSpore .ckpt, or a diffusers folder.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is corrupt, of another type or of another model, or does not fit; names what is missing,
-            unexpected or of another shape. Nothing has been changed then.
+        ValueError: the file is corrupt, of another type or of another model, or does not fit; names what is
+            missing, unexpected or of another shape. Nothing has been changed then.
     """
     layouts = file_layouts(net)
     tensors = read_weights(path)
-    check_weights({name: t.shape for name, t in tensors.items()}, {n: x.shape for n, x in layouts.items()}, path)
+    check_weights(
+        {name: t.shape for name, t in tensors.items()}, {n: x.shape for n, x in layouts.items()}, path
+    )
     parameters = dict(net.parameters_and_names())
-    for name, layout in tqdm(layouts.items(), desc=f"Loading {Path(path).name}", unit=" tensors", leave=False):
+    for name, layout in tqdm(
+        layouts.items(), desc=f"Loading {Path(path).name}", unit=" tensors", leave=False
+    ):
         parameter = parameters[name]
-        values = layout.pack(tensors[name].astype(ms.dtype_to_nptype(parameter.dtype)).read())
+        values = layout.pack(tensors[name].astype(_numpy_dtype(parameter)).read())
         # from_numpy and set_data keep this very array: weights are never there twice.
         parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(values)))
+
+
+def fingerprint(net, *, samples=256):
+    """Text that differs for networks of other weights: a hash over names, shapes and samples of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in net.parameters_and_names():
+        if name.endswith(".learned"):
+            continue
+        values = parameter.asnumpy().reshape(-1)
+        digest.update(f"{name} {parameter.shape} {values.dtype}".encode())
+        digest.update(np.ascontiguousarray(values[:: max(1, values.size // samples)]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_weights(net, path, *, dtype=None, metadata=None):
@@ -88,12 +106,14 @@ def save_weights(net, path, *, dtype=None, metadata=None):
 
     def lazy(name, layout):
         parameter = parameters[name]
-        tensor = LazyTensor(
-            layout.shape, np.dtype(ms.dtype_to_nptype(parameter.dtype)), lambda: layout.unpack(parameter.asnumpy())
-        )
+        tensor = LazyTensor(layout.shape, _numpy_dtype(parameter), lambda: layout.unpack(parameter.asnumpy()))
         return tensor if dtype is None else tensor.astype(dtype)
 
     write_weights(path, {name: lazy(name, x) for name, x in file_layouts(net).items()}, metadata=metadata)
+
+
+def _numpy_dtype(parameter):
+    return np.dtype(str(parameter.dtype).lower())
 
 
 def read_weights(path):

@@ -1,8 +1,8 @@
 """YAML -> objects. Nothing else in gm reads YAML: constructors receive objects and plain values.
 
-A node `{target: path.of.Class, params: {...}}` is an object. Objects are built from the inside out: inside `params`,
-`foo_config: {target, params}` becomes the argument `foo`, and `emb_models` a list of embedders. Files of Stability
-(`sgm.*`) and of mindone (`gm.*`) are understood as they are; gm/targets.py says how.
+A node `{target: path.of.Class, params: {...}}` is an object. Objects are built from the inside out: inside
+`params`, `foo_config: {target, params}` becomes the argument `foo`, and `emb_models` a list of embedders.
+Files of Stability (`sgm.*`) and of mindone (`gm.*`) are understood as they are; gm/targets.py says how.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ def load_config(path, overrides=()):
 
     Args:
         path: the file.
-        overrides: texts such as "optim.lr=1e-3" or "model.params.scale_factor=0.2", applied after it; a number
-            in the key picks an entry of a list.
+        overrides: texts such as "optim.lr=1e-3" or "model.params.scale_factor=0.2", applied after it; a
+            number in the key picks an entry of a list.
 
     Returns:
-        DictConfig with the sections model, optim and data, as far as the file has them; optim and data in this
-        project's form (see `section`) even where the file has mindone's.
+        DictConfig with the sections model, optim and data, as far as the file has them, in this project's
+        form even where the file has mindone's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -54,7 +54,7 @@ def load_config(path, overrides=()):
             del config[name]
         elif name not in SECTIONS:
             raise ValueError(f"{path}: unknown section '{name}'{nearest(str(name), SECTIONS)}.")
-    for name, own in (("optim", _own_optim), ("data", _own_data)):
+    for name, own in (("model", _own_model), ("optim", _own_optim), ("data", _own_data)):
         if config.get(name):
             config[name] = own(_plain(config[name]))
     for text in overrides:
@@ -87,8 +87,7 @@ def section(config, name, args):
     typed = OmegaConf.structured(args)
     OmegaConf.set_readonly(typed, False)
     try:
-        typed = OmegaConf.merge(typed, values)
-        return args(**{key: typed[key] if not OmegaConf.is_config(typed[key]) else _plain(typed[key]) for key in values})
+        return args(**{key: _plain(value) for key, value in OmegaConf.merge(typed, values).items()})
     except OmegaConfBaseException as e:
         raise ValueError(f"{name}.{e.full_key or ''}: {str(e).splitlines()[0]}") from e
 
@@ -115,8 +114,8 @@ def instantiate(node, path=""):
         path: where the node stands in the YAML, for errors.
 
     Raises:
-        ValueError: an unknown target or parameter, a missing one, or one with a value that is not supported here;
-            names the path of the key, what was expected and the nearest known name.
+        ValueError: an unknown target or parameter, a missing one, or one with a value that is not supported
+            here; names the path of the key, what was expected and the nearest known name.
     """
     return _build(_plain(node), path)
 
@@ -139,7 +138,9 @@ def _build(node, path):
             if name and (values is params or key in targets.BESIDE_PARAMS):
                 arguments[name] = _value(key, value, _join(at, key))
             elif not _ignored(cls.__name__, key, value, _join(at, key)):
-                raise ValueError(f"{_join(at, key)}: {cls.__name__} takes no '{key}'{nearest(key, parameters)}.")
+                raise ValueError(
+                    f"{_join(at, key)}: {cls.__name__} takes no '{key}'{nearest(key, parameters)}."
+                )
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
     if missing:
         raise ValueError(f"{_join(path, 'params')}: {cls.__name__} needs {', '.join(missing)}.")
@@ -159,7 +160,7 @@ def _argument_name(key, parameters):
 
 
 def _value(key, value, at):
-    if isinstance(value, dict) and "target" in value:
+    if key.endswith("_config") and value is not None:
         return _build(value, at)
     if key == "emb_models":
         return [_build(entry, f"{at}.{i}") for i, entry in enumerate(value)]
@@ -192,7 +193,9 @@ def _ignored(table, key, value, at):
         return False
     allowed, reason = targets.IGNORED[table][key]
     if allowed is not targets.ANYTHING and value not in allowed:
-        raise ValueError(f"{at}: {value!r} is not supported, only {' or '.join(map(repr, allowed))}: {reason}.")
+        raise ValueError(
+            f"{at}: {value!r} is not supported, only {' or '.join(map(repr, allowed))}: {reason}."
+        )
     _log_ignored(at, reason)
     return True
 
@@ -203,7 +206,17 @@ def _log_ignored(at, reason):
         logger.info("%s in the config has no effect: %s.", at, reason)
 
 
-# ---------------------------------------------------------------- mindone's sections optim and data
+# ---------------------------------------------------------------- mindone's form of the sections
+
+
+def _own_model(node):
+    """mindone's sigma_sampler_config stands beside the loss that it belongs to."""
+    params = node.get("params") if isinstance(node, dict) else None
+    if isinstance(params, dict) and "sigma_sampler_config" in params and "loss_fn_config" in params:
+        sampler = params.pop("sigma_sampler_config")
+        loss = params["loss_fn_config"]
+        loss["params"] = {"sigma_sampler_config": sampler, **(loss.get("params") or {})}
+    return node
 
 
 def _own_optim(values):
@@ -215,7 +228,9 @@ def _own_optim(values):
     if optimizer:
         if optimizer.get("target") not in targets.OPTIMIZERS:
             known = ", ".join(targets.OPTIMIZERS)
-            raise ValueError(f"optim.optimizer_config.target: '{optimizer.get('target')}' is not one of {known}.")
+            raise ValueError(
+                f"optim.optimizer_config.target: '{optimizer.get('target')}' is not one of {known}."
+            )
         _log_ignored("optim.optimizer_config.target", "rows are learned with bias-corrected AdamW")
         renamed = {key: key for key in targets.OPTIMIZER_KEYS}
         own.update(_renamed(optimizer.get("params"), renamed, "optim.optimizer_config.params"))
@@ -223,15 +238,16 @@ def _own_optim(values):
     if scheduler:
         name = str(scheduler.get("target")).rpartition(".")[2]
         if name not in targets.SCHEDULERS:
-            raise ValueError(
-                f"optim.scheduler_config.target: unknown '{scheduler.get('target')}'{nearest(name, targets.SCHEDULERS)}."
-            )
-        own.update(_renamed(scheduler.get("params"), targets.SCHEDULERS[name], "optim.scheduler_config.params"))
+            hint = nearest(name, targets.SCHEDULERS)
+            raise ValueError(f"optim.scheduler_config.target: unknown '{scheduler.get('target')}'{hint}.")
+        own.update(
+            _renamed(scheduler.get("params"), targets.SCHEDULERS[name], "optim.scheduler_config.params")
+        )
     return own
 
 
 def _own_data(values):
-    """mindone's {..., dataset_config: {target, params}} as this project's flat keys; SGM's loader is left out."""
+    """mindone's {..., dataset_config: {target, params}} as this project's flat keys; nothing of SGM's."""
     if "target" in values:
         _log_ignored("data", "pictures come from --data_path")
         return {}

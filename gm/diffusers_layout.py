@@ -1,10 +1,10 @@
 """Where SDXL's tensors are in a diffusers folder, and the folder's other files.
 
-A folder has a component a network (unet, vae, text_encoder, text_encoder_2), each with its own names. Modules are
-paired in tables, original name and diffusers name, which are read in either direction; what is not in a table has one
-name in both. Four tensors also differ in form: OpenCLIP packs query, key and value into one (in_proj), its
-text_projection is transposed, its position table is a parameter of its own, and the autoencoder's attention is a 1x1
-convolution where diffusers has a Linear.
+A folder has a component a network (unet, vae, text_encoder, text_encoder_2), each with its own names.
+Modules are paired in tables, original name and diffusers name, which are read in either direction; what is
+not in a table has one name in both. Some tensors also differ in form: OpenCLIP packs query, key and value
+into one (in_proj), its text_projection is transposed, its position table is a parameter of its own, and the
+autoencoder's attention is a 1x1 convolution where diffusers has a Linear.
 """
 
 import json
@@ -88,7 +88,12 @@ def unet_modules(levels, res_blocks, attention_levels):
 
 
 def vae_modules(levels, res_blocks):
-    """Pairs of module names of an autoencoder; `levels` entries of ch_mult, `res_blocks` a level of the encoder."""
+    """Pairs of module names of an autoencoder.
+
+    Args:
+        levels: entries of ch_mult.
+        res_blocks: ResBlocks a level of the encoder.
+    """
     pairs = []
     for half in ("encoder", "decoder"):
         mid = f"{half}.mid"
@@ -151,7 +156,9 @@ def read_folder(folder):
     """
     folder = Path(folder)
     if not (folder / UNET).is_dir():
-        raise ValueError(f"{folder} is a folder without '{UNET}/'; a diffusers model has {', '.join(FILE_STEM)}.")
+        raise ValueError(
+            f"{folder} is a folder without '{UNET}/'; a diffusers model has {', '.join(FILE_STEM)}."
+        )
     components = {name: _read_component(folder / name) for name in FILE_STEM if (folder / name).is_dir()}
     number = 1 if TEXT in components else 0
     tensors = {}
@@ -194,11 +201,14 @@ def _unet_to_original(found):
 
 def _vae_to_original(found):
     pairs = vae_modules(
-        _count(found, r"encoder\.down_blocks\.(\d+)\."), _count(found, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+        _count(found, r"encoder\.down_blocks\.(\d+)\."),
+        _count(found, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
     )
     table = {b: a for a, b in pairs}
     for a, b in _OLD_VAE_ATTENTION.items():
-        table.update({name.replace(b, a): table[name] for name in list(table) if name.endswith(f"attentions.0.{b}")})
+        table.update(
+            {name.replace(b, a): table[name] for name in list(table) if name.endswith(f"attentions.0.{b}")}
+        )
     tensors = {}
     for name, tensor in found.items():
         name = _rename(name, table)
@@ -214,7 +224,10 @@ def _text_to_original(found):
 
 
 def _text_2_to_original(found):
-    found = {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t for n, t in found.items()}
+    found = {
+        n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t
+        for n, t in found.items()
+    }
     layers = _count(found, r"text_model\.encoder\.layers\.(\d+)\.")
     table = {b: a for a, b in text_2_modules(layers)}
     tensors = {}
@@ -240,7 +253,7 @@ def _text_2_to_original(found):
 def to_components(tensors):
     """The tensors of an original SDXL file as component -> name -> LazyTensor of a diffusers folder.
 
-    logit_scale has no place in a folder, and is left out.
+    logit_scale and position_ids have no place in a folder, and are left out.
     """
     text_2 = next(name.rpartition(".")[0] for name in tensors if name.endswith(".model.text_projection"))
 
@@ -250,7 +263,11 @@ def to_components(tensors):
     components = {
         UNET: _unet_to_diffusers(under("model.diffusion_model")),
         VAE: _vae_to_diffusers(under("first_stage_model")),
-        TEXT: under("conditioner.embedders.0.transformer"),
+        TEXT: {
+            name: tensor
+            for name, tensor in under("conditioner.embedders.0.transformer").items()
+            if not name.endswith("position_ids")
+        },
         TEXT_2: _text_2_to_diffusers(under(text_2)),
     }
     return {name: found for name, found in components.items() if found}
@@ -322,52 +339,45 @@ def _concatenated(tensors):
 # ---------------------------------------------------------------- the folder's other files
 
 
-def folder_configs(tensors, *, head_width, clip_heads, open_clip_heads, scale_factor, transformer_depth, version):
-    """The JSON files of a folder: relative path -> content.
+def folder_configs(components, *, head_width, heads, scale_factor, transformer_depth, version):
+    """The settings in a folder: relative path -> content of a JSON file.
 
     Sizes are read off the tensors; the arguments are what tensors do not tell.
 
     Args:
-        tensors: of the original file.
+        components: from `to_components`.
         head_width: num_head_channels of the UNet.
-        clip_heads, open_clip_heads: attention heads of the text encoders (the first is None for a refiner).
+        heads: attention heads of each text encoder; a refiner has one encoder.
         scale_factor: of the latents.
         transformer_depth: transformer blocks a level, as in SGM's YAML.
         version: of diffusers whose format this is.
     """
-    unet = {n.removeprefix("model.diffusion_model."): t.shape for n, t in tensors.items() if n.startswith("model.")}
-    levels, res_blocks, attention = _unet_structure(unet)
-    widths = [unet[f"input_blocks.{1 + level * (res_blocks + 1)}.0.out_layers.3.weight"][0] for level in range(levels)]
+    unet = {name: tensor.shape for name, tensor in components[UNET].items()}
+    levels = _count(unet, r"down_blocks\.(\d+)\.")
+    widths = [unet[f"down_blocks.{level}.resnets.0.conv2.weight"][0] for level in range(levels)]
+    attention = _numbers(unet, r"down_blocks\.(\d+)\.attentions\.")
     kinds = ["CrossAttn" if level in attention else "" for level in range(levels)]
-    context = next(shape[1] for name, shape in unet.items() if name.endswith("attn2.to_k.weight"))
-    numbers = unet["label_emb.0.0.weight"][1]
-    is_refiner = clip_heads is None
-
-    vae = {n.removeprefix("first_stage_model."): t.shape for n, t in tensors.items() if n.startswith("first_stage")}
-    vae_levels, vae_res_blocks = _vae_structure(vae)
-    vae_widths = [vae[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(vae_levels)]
-
-    at_2 = f"conditioner.embedders.{0 if is_refiner else 1}.model"
-    layers_2 = _count(tensors, re.escape(at_2) + r"\.transformer\.resblocks\.(\d+)\.")
+    vae = {name: tensor.shape for name, tensor in components[VAE].items()}
+    vae_levels = _count(vae, r"encoder\.down_blocks\.(\d+)\.")
     configs = {
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
             "_diffusers_version": version,
             "sample_size": 128,
-            "in_channels": unet["input_blocks.0.0.weight"][1],
-            "out_channels": unet["out.2.weight"][0],
+            "in_channels": unet["conv_in.weight"][1],
+            "out_channels": unet["conv_out.weight"][0],
             "block_out_channels": widths,
-            "layers_per_block": res_blocks,
+            "layers_per_block": _count(unet, r"down_blocks\.0\.resnets\.(\d+)\."),
             "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
             "mid_block_type": "UNetMidBlock2DCrossAttn",
             "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
             "transformer_layers_per_block": list(transformer_depth),
             "attention_head_dim": [width // head_width for width in widths],  # the number of heads, in SDXL
-            "cross_attention_dim": context,
+            "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": numbers,
+            "projection_class_embeddings_input_dim": unet["add_embedding.linear_1.weight"][1],
         },
         "vae/config.json": {
             "_class_name": "AutoencoderKL",
@@ -376,8 +386,10 @@ def folder_configs(tensors, *, head_width, clip_heads, open_clip_heads, scale_fa
             "in_channels": vae["encoder.conv_in.weight"][1],
             "out_channels": vae["decoder.conv_out.weight"][0],
             "latent_channels": vae["post_quant_conv.weight"][1],
-            "block_out_channels": vae_widths,
-            "layers_per_block": vae_res_blocks,
+            "block_out_channels": [
+                vae[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"][0] for level in range(vae_levels)
+            ],
+            "layers_per_block": _count(vae, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             "down_block_types": ["DownEncoderBlock2D"] * vae_levels,
             "up_block_types": ["UpDecoderBlock2D"] * vae_levels,
             "act_fn": "silu",
@@ -385,12 +397,6 @@ def folder_configs(tensors, *, head_width, clip_heads, open_clip_heads, scale_fa
             "scaling_factor": scale_factor,
             "force_upcast": True,
         },
-        "text_encoder_2/config.json": _text_config(
-            "CLIPTextModelWithProjection", "gelu", tensors[f"{at_2}.token_embedding.weight"].shape,
-            tensors[f"{at_2}.positional_embedding"].shape[0],
-            tensors[f"{at_2}.transformer.resblocks.0.mlp.c_fc.weight"].shape[0], layers_2, open_clip_heads,
-            tensors[f"{at_2}.text_projection"].shape[1],
-        ),
         "scheduler/scheduler_config.json": {
             "_class_name": "EulerDiscreteScheduler",
             "_diffusers_version": version,
@@ -402,35 +408,35 @@ def folder_configs(tensors, *, head_width, clip_heads, open_clip_heads, scale_fa
             "timestep_spacing": "leading",
             "steps_offset": 1,
         },
-    }  # fmt: skip
-    if not is_refiner:
-        at = "conditioner.embedders.0.transformer.text_model"
-        vocabulary = tensors[f"{at}.embeddings.token_embedding.weight"].shape
-        configs["text_encoder/config.json"] = _text_config(
-            "CLIPTextModel", "quick_gelu", vocabulary, tensors[f"{at}.embeddings.position_embedding.weight"].shape[0],
-            tensors[f"{at}.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            _count(tensors, re.escape(at) + r"\.encoder\.layers\.(\d+)\."), clip_heads, vocabulary[1],
-        )  # fmt: skip
-    configs["model_index.json"] = _model_index(is_refiner, version)
+        f"{TEXT_2}/config.json": _text_config(
+            components[TEXT_2], "CLIPTextModelWithProjection", "gelu", heads[-1]
+        ),
+        "model_index.json": _model_index(TEXT not in components, version),
+    }
+    if TEXT in components:
+        configs[f"{TEXT}/config.json"] = _text_config(
+            components[TEXT], "CLIPTextModel", "quick_gelu", heads[0]
+        )
     return configs
 
 
-def _text_config(architecture, activation, vocabulary, positions, inner_width, layers, heads, projection):
-    vocab_size, width = vocabulary
+def _text_config(tensors, architecture, activation, heads):
+    shapes = {name.removeprefix("text_model."): tensor.shape for name, tensor in tensors.items()}
+    vocab_size, width = shapes["embeddings.token_embedding.weight"]
     return {
         "architectures": [architecture],
         "model_type": "clip_text_model",
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": inner_width,
-        "num_hidden_layers": layers,
+        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count(shapes, r"encoder\.layers\.(\d+)\."),
         "num_attention_heads": heads,
-        "max_position_embeddings": positions,
-        "projection_dim": projection,
+        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
+        "projection_dim": shapes.get("text_projection.weight", (width,))[0],
         "hidden_act": activation,
         "layer_norm_eps": 1e-05,
-        # The end of text is CLIP's last token. (With the 2 of the published folder, pooling takes the largest id,
-        # which goes wrong once words are added behind it.)
+        # The end of text is CLIP's last token. (With the 2 of the published folder, pooling takes the largest
+        # id, which goes wrong once words are added behind it.)
         "bos_token_id": vocab_size - 2,
         "eos_token_id": vocab_size - 1,
         "pad_token_id": 1,
@@ -454,3 +460,35 @@ def _model_index(is_refiner, version):
         "feature_extractor": absent,
     }
     return {**index, "requires_aesthetics_score": True} if is_refiner else index
+
+
+def tokenizer_files(tokenizer, pad_token, max_length):
+    """The files of a tokenizer's folder: name -> text.
+
+    Args:
+        tokenizer: transformers' CLIPTokenizer.
+        pad_token: what prompts are padded with.
+        max_length: tokens in a prompt.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    tokens = {
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "unk_token": tokenizer.eos_token,
+    }
+    tokens["pad_token"] = pad_token
+    config = {
+        **tokens,
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_length,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
+    return {
+        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "special_tokens_map.json": json.dumps(tokens, indent=2),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }

@@ -1,7 +1,7 @@
 """What the `target` strings of SDXL's YAML files mean here, and which of their keys mean nothing here.
 
-Stability's files (packages `sgm` and, earlier, `ldm`) and mindone's (`gm`) name the same classes by different paths.
-Classes are imported when they are asked for.
+Stability's files (packages `sgm` and, earlier, `ldm`) and mindone's (`gm`) name the same classes by
+different paths. Classes are imported when they are asked for.
 """
 
 import difflib
@@ -37,7 +37,8 @@ _MODULES = {
     "gm.diffusion.discretizer": {
         name: [f"{_DIFFUSION}.discretizer"]
         for name in (
-            "EDMDiscretization", "LegacyDDPMDiscretization", "DiffusersDDPMDiscretization", "LCMDiscretization",
+            "LegacyDDPMDiscretization", "DiffusersDDPMDiscretization", "EDMDiscretization",
+            "LCMDiscretization",
         )
     },
     "gm.diffusion.loss": {
@@ -47,7 +48,7 @@ _MODULES = {
     },
     "gm.diffusion.guiders": {
         **{name: [f"{_DIFFUSION}.guiders"] for name in ("IdentityGuider", "VanillaCFG")},
-        **{name: [f"{_DIFFUSION}.sampling_utils"] for name in ("NoDynamicThresholding", "DynamicThresholding")},
+        **{n: [f"{_DIFFUSION}.sampling_utils"] for n in ("NoDynamicThresholding", "DynamicThresholding")},
     },
     "gm.diffusion.samplers": {
         name: [f"{_DIFFUSION}.sampling", f"{_DIFFUSION}.sampler"]
@@ -92,7 +93,7 @@ def resolve(target, path):
 
 
 def nearest(name, known):
-    """"; did you mean 'x'?" for an error message, or what there is when nothing is near."""
+    """ "; did you mean 'x'?" for an error message, or what there is when nothing is near."""
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"; the nearest known one is '{near[0]}'"
@@ -180,7 +181,10 @@ IGNORED = {
     },
     "FrozenOpenCLIPEmbedder2": {
         **_EMBEDDER,
-        "arch": (["ViT-bigG-14", "ViT-bigG-14-Text"], "a smaller encoder has its width, layers and heads given"),
+        "arch": (
+            ["ViT-bigG-14", "ViT-bigG-14-Text"],
+            "a smaller encoder has its width, layers and heads given",
+        ),
         "always_return_pooled": ([True], "the pooled vector is always returned"),
         "legacy": ([False], "both the penultimate state and the pooled vector are returned"),
     },
@@ -197,7 +201,7 @@ IGNORED = {
 }
 BESIDE_PARAMS = ("input_key",)  # arguments that stand beside target and params, in entries of emb_models
 DDCONFIG = ("ch", "ch_mult", "num_res_blocks", "in_channels", "out_ch", "z_channels")
-DDCONFIG_OPTIONAL = ("double_z", "attn_resolutions", "dropout")
+DDCONFIG_OPTIONAL = ("double_z", "attn_resolutions", "dropout", "norm_num_groups")
 
 IGNORED_SECTIONS = {
     "version": "the model is recognised by its weights",
@@ -213,12 +217,13 @@ SCHEDULERS = {
     "MultiStepLR": {"milestones": "milestones", "gamma": "gamma", "verbose": None},
     "LambdaWarmUpScheduler": {"warm_up_steps": "warmup_steps"},
 }
+_FIT = "pictures are resized to cover target_size and cropped; data.crop and data.flip say how"
 _STREAM = "pictures are read and encoded once, before the first step"
 IGNORED_DATA = {
     "num_parallel_workers": _STREAM,
     "python_multiprocessing": _STREAM,
     "drop_remainder": "batches have no end",
     "shuffle": "every epoch is shuffled",
-    "transforms": "pictures are resized to cover target_size and cropped; data.crop and data.flip say how",
-    "batched_transforms": "pictures are resized to cover target_size and cropped; data.crop and data.flip say how",
+    "transforms": _FIT,
+    "batched_transforms": _FIT,
 }

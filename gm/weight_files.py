@@ -1,30 +1,28 @@
 """Weight files as tables of tensors that are read one at a time: safetensors and MindSpore's .ckpt.
 
-Nothing here knows a model. Only headers are read until a tensor's `read` is called, so that what is done with a file
-of any size needs the memory of one tensor. Tensors are read, not memory-mapped: mapped pages count as this process's
-memory. Every length and offset is checked against the file's size before it is used.
+Nothing here knows a model. Only headers are read until a tensor's `read` is called, so that what is done
+with a file of any size needs the memory of one tensor. Tensors are read, not memory-mapped: mapped pages
+count as this process's memory.
 """
 
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
 from gm import ckpt_format, safetensors_format
 from gm.atomic_file import atomic_file
 
-_SAFETENSORS_NAMES = {
-    np.dtype(dtype): name
-    for name, dtype in {
-        "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
-        "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
-    }.items()
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()} | {"BF16": np.dtype(np.float32)}
+_NUMBERS = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+_DTYPES = {name: np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}") for name in _NUMBERS} | {
+    "BOOL": np.dtype("?")
+}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPES["BF16"] = np.dtype(np.float32)  # as which it is read
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,9 @@ class LazyTensor:
 
     def map(self, function, shape=None):
         """The tensor function(values), of another shape if one is given."""
-        return LazyTensor(self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read()))
+        return LazyTensor(
+            self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read())
+        )
 
     def astype(self, dtype):
         """The tensor in another floating-point type; integers stay what they are.
@@ -61,7 +61,9 @@ def _cast(values, dtype):
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     if not np.isfinite(cast).all() and np.isfinite(values).all():
-        raise ValueError(f"a value of {np.abs(values).max():g} does not fit {dtype}; keep the weights in float32.")
+        raise ValueError(
+            f"a value of {np.abs(values).max():g} does not fit {dtype}; keep the weights in float32."
+        )
     return cast
 
 
@@ -75,8 +77,8 @@ def open_weights(path):
     """The tensors of one weight file; its format is told from its first bytes, not from its name.
 
     Returns:
-        dict of name -> LazyTensor. bfloat16 arrives as float32, which holds it exactly; texts stored in a .ckpt are
-        0-dimensional arrays of type str.
+        dict of name -> LazyTensor. bfloat16 arrives as float32, which holds it exactly; `read` of a text in a
+        .ckpt gives a str.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,18 +92,25 @@ def open_weights(path):
     if len(start) > 8 and start[8:9] == b"{":
         index, _ = safetensors_format.read_safetensors_index(path)
         read = functools.partial(safetensors_format.read_safetensors_entry, path)
-        return {name: LazyTensor(e.shape, _DTYPES[e.dtype], functools.partial(read, e)) for name, e in index.items()}
+        return {
+            name: LazyTensor(e.shape, _DTYPES[e.dtype], functools.partial(read, e))
+            for name, e in index.items()
+        }
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         raise ValueError(
             f"{path} is a PyTorch pickle, which can run code when it is read; "
             "convert it to .safetensors with a tool that you trust."
         )
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it came from.")
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it came from."
+        )
     if start[:1] == b"\x0a":  # field 1 of a protobuf message
         index = ckpt_format.read_ckpt_index(path)
         read = functools.partial(ckpt_format.read_ckpt_entry, path)
-        return {name: LazyTensor(e.shape, _ckpt_dtype(e), functools.partial(read, e)) for name, e in index.items()}
+        return {
+            name: LazyTensor(e.shape, _ckpt_dtype(e), functools.partial(read, e)) for name, e in index.items()
+        }
     what = "empty" if not start else "neither a safetensors file nor a MindSpore .ckpt"
     raise ValueError(f"{path} is {what}; it may be an interrupted download.")
 
@@ -111,7 +120,7 @@ def _ckpt_dtype(entry):
 
 
 def write_safetensors(path, tensors, *, metadata=None):
-    """Write a safetensors file, one tensor in memory at a time; it appears under its name only when it is whole.
+    """Write a safetensors file, one tensor in memory at a time. It takes its name only when it is whole.
 
     Args:
         tensors: dict of name -> LazyTensor.
@@ -134,11 +143,15 @@ def write_safetensors(path, tensors, *, metadata=None):
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor, values = tensors[name], tensors[name].read()
-            assert values.shape == tensor.shape and values.dtype == tensor.dtype, name
-            file.write(np.ascontiguousarray(values).data)
+            file.write(np.ascontiguousarray(_read(name, tensors[name])).data)
 
 
 def write_ckpt(path, tensors):
     """Write name -> LazyTensor as a MindSpore checkpoint, which `mindspore.load_checkpoint` reads."""
-    ckpt_format.write_ckpt(path, ((name, tensor.read()) for name, tensor in tensors.items()))
+    ckpt_format.write_ckpt(path, ((name, _read(name, tensor)) for name, tensor in tensors.items()))
+
+
+def _read(name, tensor):
+    values = tensor.read()
+    assert values.shape == tensor.shape and values.dtype == tensor.dtype, name
+    return values

@@ -1,0 +1,83 @@
+"""Weight files as tables of tensors."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from gm.weight_files import LazyTensor, in_memory, open_weights, write_ckpt, write_safetensors
+
+ARRAYS = {
+    "half": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "full": np.linspace(0, 1, 5, dtype=np.float32),
+    "ids": np.arange(7, dtype=np.int64)[None],
+    "scalar": np.float16(4.6).reshape(()),
+    "flags": np.array([True, False]),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_ckpt])
+def test_what_is_written_is_read_again(tmp_path, write):
+    write(tmp_path / "a", {name: in_memory(array) for name, array in ARRAYS.items()})
+    found = open_weights(tmp_path / "a")
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(found[name].read(), array)
+        assert found[name].read().dtype == array.dtype
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path):
+    tensors = {name: in_memory(array) for name, array in ARRAYS.items()}
+    write_safetensors(tmp_path / "a", tensors, metadata={"format": "pt"})
+    with safe_open(tmp_path / "a", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+
+
+def test_tensors_are_aligned_to_their_own_width(tmp_path):
+    write_safetensors(tmp_path / "a", {name: in_memory(array) for name, array in ARRAYS.items()})
+    content = (tmp_path / "a").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    for name, entry in json.loads(content[8 : 8 + length]).items():
+        assert entry["data_offsets"][0] % ARRAYS[name].dtype.itemsize == 0, name
+
+
+def test_a_tensor_is_made_when_it_is_read_and_not_before(tmp_path):
+    order = []
+
+    def read(name):
+        order.append(name)
+        return np.zeros(3, np.float32)
+
+    tensors = {n: LazyTensor((3,), np.dtype(np.float32), lambda n=n: read(n)) for n in "ab"}
+    tensors = {n: t.astype(np.float16).map(lambda v: v[:2], (2,)) for n, t in tensors.items()}
+    assert not order
+    write_safetensors(tmp_path / "a", tensors)
+    assert order == ["a", "b"]
+    assert open_weights(tmp_path / "a")["b"].shape == (2,)
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    def fail():
+        raise ValueError("broken")
+
+    good = in_memory(np.ones(2, np.float32))
+    for write in (write_safetensors, write_ckpt):
+        write(tmp_path / "a", {"x": good})
+        before = (tmp_path / "a").read_bytes()
+        with pytest.raises(ValueError, match="broken"):
+            write(tmp_path / "a", {"x": good, "y": LazyTensor((2,), np.dtype(np.float32), fail)})
+        assert (tmp_path / "a").read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_integers_keep_their_type_and_floats_do_not_become_infinite():
+    assert in_memory(np.arange(3)).astype(np.float16).dtype == np.int64
+    assert np.isinf(in_memory(np.array([np.inf])).astype(np.float16).read()).all()
+    with pytest.raises(ValueError, match="70000 does not fit float16"):
+        in_memory(np.array([1.0, -7e4])).astype(np.float16).read()
