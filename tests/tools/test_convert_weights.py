@@ -27,22 +27,13 @@ def assert_same_file(path, other):
         np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["base", "refiner"])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("kind, dtype", [("base", np.float16), ("refiner", np.float32)])
 def test_a_round_through_all_formats_keeps_every_bit(tmp_path, kind, dtype):
     original = write_tiny_weights(tmp_path / "a.safetensors", kind=kind, dtype=dtype)
-    stations = [
-        original,
-        tmp_path / "b.ckpt",
-        tmp_path / "c",
-        tmp_path / "d.ckpt",
-        tmp_path / "e.safetensors",
-    ]
+    stations = [original, tmp_path / "b.ckpt", tmp_path / "c", tmp_path / "d.safetensors"]
     for src, dst in zip(stations, stations[1:], strict=False):
         convert(src, dst, config=CONFIGS[kind])
     assert_same_file(stations[-1], original)
-    convert(tmp_path / "c", tmp_path / "f.safetensors", config=CONFIGS[kind])
-    assert_same_file(tmp_path / "f.safetensors", original)
 
 
 def test_every_format_fills_the_engine_alike(tmp_path):
@@ -174,7 +165,7 @@ def test_conversion_needs_the_memory_of_a_few_tensors(tmp_path):
         str(tmp_path / name) for name in ("wide.yaml", "a.safetensors", "b.ckpt", "c", "d.safetensors")
     ]
     command = [sys.executable, "-c", MEASURE, *stations]
-    # Arrays that are freed go back to the system at once, so that the peak is what is held and not malloc's habits.
+    # Freed arrays go back to the system at once, so that the peak is what is held and not malloc's habits.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stderr[-2000:]
