@@ -230,6 +230,23 @@ class Tokenizer:
         self.placeholders[word] = list(range(first, first + num_vectors))
         return self.placeholders[word]
 
+    def clear_placeholders(self):
+        """Know no learned words any more."""
+        self.placeholders = {}
+        self._cut.clear()
+
+    def replace_placeholders(self, text, instead):
+        """A text, normalised, with other words in place of learned ones.
+
+        Args:
+            instead: learned word -> what to write; a word that is not in it stays.
+        """
+        instead = {self.normalize(word.strip()): other for word, other in instead.items()}
+        text = self.normalize(text)
+        if self.placeholders:
+            text = re.sub(self._pattern(), lambda match: instead.get(match[0], match[0]), text)
+        return self.normalize(text).strip()
+
     def ids(self, text):
         """Ids of a text, learned words expanded, without start, end and padding."""
         return [i for word in self._words(text) for i in word]

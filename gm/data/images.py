@@ -113,9 +113,27 @@ def read_picture(path):
     Raises whatever the file system and Pillow raise.
     """
     data = Path(path).read_bytes()
-    with _open(io.BytesIO(data)) as image:
+    return _decode_bytes(data, MAX_PIXELS), hashlib.sha256(data).hexdigest()
+
+
+def decode_picture(data, *, max_pixels=MAX_PIXELS):
+    """A file's bytes -> upright PIL image in RGB, as `read_picture` does. The bytes may be anyone's.
+
+    Raises:
+        ValueError: they are no picture of a known format, damaged, or of more than `max_pixels`.
+    """
+    try:
+        return _decode_bytes(data, max_pixels)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"more than {max_pixels // 10**6} megapixels; save it smaller") from error
+    except Exception as error:  # broken files make Pillow raise half of Python's exceptions
+        raise ValueError(_reason(error)) from error
+
+
+def _decode_bytes(data, max_pixels):
+    with _open(io.BytesIO(data), max_pixels) as image:
         image.load()
-        return _to_rgb(_upright(image)), hashlib.sha256(data).hexdigest()
+        return _to_rgb(_upright(image))
 
 
 def fit(size, target_size, view):
@@ -212,11 +230,11 @@ def _read_header(path):
     return Picture(path, (height, width))
 
 
-def _open(source):
+def _open(source, max_pixels=MAX_PIXELS):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half the size where it refuses
         image = Image.open(source, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.height}x{image.width} is too narrow; cut it to at most 1:{MAX_ASPECT}")

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+from mindspore import Tensor
 
 from gm.conditioning.conditioner import GeneralConditioner
 from gm.textual_inversion.templates import longest_template
@@ -78,6 +79,38 @@ def add_concept(conditioner, *, token, num_vectors=None, initializer=None, rng=N
         old = [] if table.learned is None else [table.learned.asnumpy()]
         table.set_learned(np.concatenate([*old, new]))
     return Concept(conditioner, token.strip(), tuple(ids))
+
+
+def replace_words(conditioner, words, *, room):
+    """Make `words` the only learned words of a conditioner. Unlike `add_concept`, also after compiling.
+
+    Args:
+        words: list of (token, (clip_l [n, 768], clip_g [n, 1280])).
+        room: rows kept for all words together; the same at every call, so that nothing compiles again.
+
+    Raises:
+        ValueError: a token is known already, rows do not fit an encoder, or there are more than `room` rows.
+            Call it again, with other words or none, before the conditioner is used.
+    """
+    embedders = conditioner.text_embedders
+    for embedder in embedders:
+        embedder.tokenizer.clear_placeholders()
+    total = sum(len(arrays[0]) for _, arrays in words)
+    if total > room:
+        raise ValueError(f"The learned words have {total} vectors together, and there is room for {room}.")
+    tables = [
+        [_given_rows(embedder, len(arrays[0]), arrays) for _, arrays in words] for embedder in embedders
+    ]
+    for embedder, rows in zip(embedders, tables, strict=True):
+        rows = np.concatenate([*rows, np.zeros((room - total, embedder.width), np.float32)])
+        for token, arrays in words:
+            embedder.tokenizer.add_placeholder(token, len(arrays[0]))
+        table = embedder.token_embedding
+        if table.learned is None:
+            table.set_learned(rows)
+        else:
+            assert table.learned.shape == rows.shape, (table.learned.shape, rows.shape)
+            table.learned.set_data(Tensor(rows))  # compiled graphs read the new rows
 
 
 def check_num_vectors(num_vectors, *, templates=(), tokenizer=None):
