@@ -11,10 +11,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -q -m peers
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m peers
 
 lint: $(VENV)/.test
 	$(PIP) ruff
