@@ -66,11 +66,7 @@ def load_weights(net, path):
         ValueError: the file is corrupt, of another type or of another model, or does not fit; names what is
             missing, unexpected or of another shape. Nothing has been changed then.
     """
-    layouts = file_layouts(net)
-    tensors = read_weights(path)
-    check_weights(
-        {name: t.shape for name, t in tensors.items()}, {n: x.shape for n, x in layouts.items()}, path
-    )
+    layouts, tensors = file_layouts(net), open_fitting(net, path)
     parameters = dict(net.parameters_and_names())
     for name, layout in tqdm(
         layouts.items(), desc=f"Loading {Path(path).name}", unit=" tensors", leave=False
@@ -79,6 +75,18 @@ def load_weights(net, path):
         values = layout.pack(tensors[name].astype(_numpy_dtype(parameter)).read())
         # from_numpy and set_data keep this very array: weights are never there twice.
         parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(values)))
+
+
+def open_fitting(net, path):
+    """Open a weight file as `read_weights` does, after checking that it fits a network.
+
+    Raises:
+        As `load_weights`.
+    """
+    tensors = read_weights(path)
+    expected = {name: layout.shape for name, layout in file_layouts(net).items()}
+    check_weights({name: tensor.shape for name, tensor in tensors.items()}, expected, path)
+    return tensors
 
 
 def fingerprint(net, *, samples=256):
