@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import PIL
@@ -22,6 +23,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from gm.atomic_file import atomic_file
 from gm.checkpoint import fingerprint, load_weights
 from gm.config import build_engine
 from gm.data.batches import Batches
@@ -34,10 +36,10 @@ from gm.sampling import SamplingArgs
 from gm.textual_inversion.concept import add_concept, vocabulary_norms
 from gm.textual_inversion.embedding_file import read_embedding
 from gm.textual_inversion.templates import caption_templates, fill, picture_templates
-from gm.training.args import parse_train_args
+from gm.training.args import find_weights, parse_train_args
 from gm.training.checks import check_run
 from gm.training.preview import Previews
-from gm.training.state import LearnedFiles, LossLog, load_state, save_state, set_aside
+from gm.training.state import LearnedFiles, LossLog, load_state, run_folder, save_state, set_aside
 from gm.training.step import Learner
 
 logger = logging.getLogger("train")
@@ -47,14 +49,14 @@ def main(argv=None):
     args = parse_train_args(argv)
     runtime = start_runtime(args.runtime)
     logger.info(describe(runtime, args.runtime))
-    resumed = load_state(args.resume) if args.resume else None
 
     # 1. A frozen SDXL.
     use_flash_attention(args.runtime.flash_attention)
     with parameter_dtype(runtime.dtype):
         engine = build_engine(args.config)
     check_run(args, engine)
-    load_weights(engine, args.weight)
+    resumed = load_state(args.resume) if args.resume else None
+    load_weights(engine, find_weights(args.weight, args.version))
 
     # 2. A new word that both text encoders can learn.
     concept = make_concept(args, engine)
@@ -67,8 +69,9 @@ def main(argv=None):
         return
 
     # 3. Pictures of the concept, as latents, captioned with the new word.
-    if not resumed and runtime.is_main:
-        set_aside(args.save_path)
+    continues = resumed and run_folder(args.resume).resolve() == args.save_path.resolve()
+    if runtime.is_main and not continues:
+        set_aside(args.save_path, args.placeholder_token)
     write_settings(args, identity, runtime)
     latents, captions = make_data(args, runtime, engine)
     batches = Batches(
@@ -123,7 +126,7 @@ def describe_run(args, runtime, engine):
     """What must be the same for a run to be resumed."""
     return {
         "model": args.version.name,
-        "weights": fingerprint(engine),
+        "weights_fingerprint": fingerprint(engine),
         "placeholder_token": args.placeholder_token,
         "num_vectors": args.num_vectors,
         "learnable_property": args.learnable_property,
@@ -131,7 +134,7 @@ def describe_run(args, runtime, engine):
         "gradient_accumulation_steps": args.accumulation_steps,
         "processes": runtime.world_size,
         "seed": runtime.seed,
-        "optim": dataclasses.asdict(args.optim),
+        **{f"optim.{name}": value for name, value in dataclasses.asdict(args.optim).items()},
     }
 
 
@@ -162,7 +165,7 @@ def log_plan(args, engine, concept):
             np.linalg.norm(rows, axis=1).mean(), *norm,
         )  # fmt: skip
     logger.info(
-        "%d steps of %d pictures, %d steps an update: %d updates with AdamW, learning rate %s",
+        "%d steps, each of %d picture(s), %d step(s) an update: %d updates with AdamW, learning rate %s",
         args.total_step, args.batch_size, args.accumulation_steps, args.total_updates,
         " and ".join(f"{rate:g}" for rate in dict.fromkeys(args.optim.base_rates)),
     )  # fmt: skip
@@ -172,10 +175,14 @@ def write_settings(args, identity, runtime):
     """config.yaml, as resolved, and run.json: settings and versions."""
     if not runtime.is_main:
         return
-    (args.save_path / "config.yaml").write_text(OmegaConf.to_yaml(args.config))
     versions = {"python": sys.version.split()[0], "mindspore": mindspore_version, "numpy": np.__version__}
     facts = {**identity, "command": shlex.join(sys.argv), "versions": {**versions, "Pillow": PIL.__version__}}
-    (args.save_path / "run.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
+    for name, text in (
+        ("config.yaml", OmegaConf.to_yaml(args.config)),
+        ("run.json", json.dumps(facts, indent=2, default=str) + "\n"),
+    ):
+        with atomic_file(args.save_path / name) as file:
+            file.write(text.encode())
 
 
 class Run:
@@ -203,7 +210,7 @@ class Run:
         self.learner.load_state_dict(arrays, numbers["learner"])
         self.batches.load_state_dict(numbers["batches"])
         self.step = numbers["step"]
-        self.losses.resume(self.step)
+        self.losses.resume(self.step, run_folder(self.args.resume))
         logger.info("resumed after step %d", self.step)
 
     def train(self):
@@ -211,14 +218,12 @@ class Run:
         if self.step >= args.total_step:
             logger.info("The run is complete: %d steps; a larger --total_step prolongs it.", self.step)
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
         if self.previews and self.step == 0:
-            self.previews.draw(0)
+            self.draw_previews()
         logger.info("compiling the training step; this takes seconds for a small model, minutes for SDXL ...")
         started = time.perf_counter()
         bar = tqdm(total=args.total_step, initial=self.step, unit="step", disable=not self.runtime.is_main)
-        with bar, logging_redirect_tqdm():
+        with bar, logging_redirect_tqdm(), self.stopping_gently():
             while self.step < args.total_step and self.stop_signal is None:
                 self.take_step(bar)
                 if started is not None:
@@ -226,7 +231,8 @@ class Run:
                     started = None
         if self.stop_signal is not None:
             self.save()
-            again = shlex.join(["python", *sys.argv, *([] if args.resume else ["--resume", str(args.save_path)])])
+            flags = [] if args.resume == args.save_path else ["--resume", str(args.save_path)]
+            again = shlex.join(["python", *sys.argv, *flags])
             logger.info("Stopped after step %d; all is saved. Go on with:\n  %s", self.step, again)
             sys.exit(128 + self.stop_signal)
 
@@ -257,6 +263,10 @@ class Run:
         if self.step % args.save_interval == 0 or self.step == args.total_step:
             self.save()
         if self.previews and (self.step % args.infer_interval == 0 or self.step == args.total_step):
+            self.draw_previews()
+
+    def draw_previews(self):
+        with self.writing():
             self.previews.draw(self.step)
 
     def loss_inputs(self, batch):
@@ -273,25 +283,40 @@ class Run:
         return (*noised, *conditioning)
 
     def save(self):
-        """Learned file, state and losses of the present step."""
+        """Losses, learned file and state of the present step; the state last, since a run goes on from it."""
         if not self.runtime.is_main:
             return
         arrays, numbers = self.learner.state_dict()
         state = {"learner": numbers, "batches": self.batches.state_dict(), "identity": self.identity}
-        try:
-            save_state(self.args.save_path / "state", self.step, arrays=arrays, numbers=state)
-            path = self.files.save(self.step, final=self.step == self.args.total_step)
+        with self.writing():
             self.losses.save()
+            path = self.files.save(self.step, final=self.step == self.args.total_step)
+            save_state(self.args.save_path / "state", self.step, arrays=arrays, numbers=state)
+        logger.info("saved %s", path)
+
+    @contextmanager
+    def writing(self):
+        try:
+            yield
         except OSError as e:
             raise OSError(
                 f"step {self.step} cannot be saved: {e}. What was saved before is whole: {self.last_saved()}. "
                 f"Make room or mend the disk, then go on with --resume {self.args.save_path}."
             ) from e
-        logger.info("saved %s", path)
 
     def last_saved(self):
         """Path of the newest learned file, or that there is none."""
         return self.files.newest() or "none yet"
+
+    @contextmanager
+    def stopping_gently(self):
+        """Ctrl-C, or the order to end, stops the run after the present step."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number, _frame):
         if self.stop_signal is not None:
@@ -305,3 +330,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped at once; what was saved before is whole, and --resume goes on from there.")

@@ -16,7 +16,11 @@ from safetensors.numpy import save_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOKENIZER = FIXTURES / "tiny_tokenizer"
-CONFIGS = {"base": FIXTURES / "tiny_sdxl.yaml", "refiner": FIXTURES / "tiny_refiner.yaml"}
+CONFIGS = {
+    "base": FIXTURES / "tiny_sdxl.yaml",
+    "refiner": FIXTURES / "tiny_refiner.yaml",
+    "micro": FIXTURES / "micro_sdxl.yaml",  # a base that compiles in seconds
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ TINY = {
     ),
     "refiner": Size(
         32, (1, 2, 2, 2), 1, (0, 1, 1, 0, 1), 48 + 5 * 256, None, TextSize(48, 3, VOCAB), 32, (1, 2, 2, 2), 1
+    ),
+    "micro": Size(
+        16, (1,), 1, (0, 1), 16 + 6 * 256, TextSize(16, 2, VOCAB), TextSize(16, 1, VOCAB), 16, (1, 1, 1), 1
     ),
 }
 
@@ -292,7 +299,7 @@ def _random_tensor(name, shape, seed):
 
 
 def tiny_state_dict(seed=0, *, kind="base"):
-    """Random weights of the tiny "base" or "refiner": original name -> array (fp32, `position_ids` int64)."""
+    """Random weights of the tiny "base", "refiner" or "micro": original name -> array (fp32, `position_ids` int64)."""
     return {
         name: np.asarray(_random_tensor(name, shape, seed)) for name, shape in file_shapes(TINY[kind]).items()
     }

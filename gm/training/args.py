@@ -1,7 +1,7 @@
 """Everything a training run is told: command-line flags over the sections `optim` and `data` of a config."""
 
 import argparse
-import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 from gm import config as config_module
 from gm.runtime import RuntimeArgs, add_runtime_flags, flag, runtime_args
 from gm.training.optim import OptimArgs
+from gm.training.state import run_folder
 
 ROOT = Path(__file__).parents[2]
+_OVERRIDE = re.compile(rf"({'|'.join(config_module.SECTIONS)})\.[\w.]+=")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class DataArgs:
 class TrainArgs:
     version: Version
     config_path: Path
-    weight: Path
+    weight: Path | None  # None: where the version's weights are kept, see find_weights
     data_path: Path
     save_path: Path
     placeholder_token: str
@@ -87,18 +89,18 @@ class TrainArgs:
 
     @property
     def total_updates(self):
-        return math.ceil(self.total_step / self.accumulation_steps)
+        return self.total_step // self.accumulation_steps
 
 
 def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # a flag that is almost right is a wrong one
         description="Learn a new word for SDXL from a few pictures (textual inversion).",
         epilog="Values of the config can be overridden by name: optim.weight_decay=0 data.flip=True",
     )
@@ -123,7 +125,8 @@ def build_parser():
                        help="captions of your own, a line each, with {placeholder} for the word")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--save_path", type=Path, default=Path("runs"), help="folder of everything written")
+    group.add_argument("--save_path", type=Path, default=None,
+                       help="folder of everything written (default: the run to resume, else runs)")
     group.add_argument("--total_step", type=_positive, default=None,
                        help="forward and backward steps; total_step / gradient_accumulation_steps updates")
     group.add_argument("--train_batch_size", type=_positive, default=None, help="pictures a step and process")
@@ -158,18 +161,21 @@ def parse_train_args(argv=None):
 
     Raises:
         SystemExit: an unknown flag or malformed value (argparse says which).
-        ValueError, FileNotFoundError: the config does not fit, or weights are nowhere.
+        ValueError, FileNotFoundError: the config does not fit.
     """
-    ns = build_parser().parse_args(argv)
+    ns = build_parser().parse_intermixed_args(argv)  # overrides may stand between flags
+    # An override behind the prompts is not one of them.
+    prompts = [text for text in ns.validation_prompt or () if not _OVERRIDE.match(text)]
+    overrides = ns.overrides + [text for text in ns.validation_prompt or () if _OVERRIDE.match(text)]
     version, config_path = _version(ns.version, ns.config)
-    config = config_module.load_config(config_path, overrides=[*_flag_overrides(ns), *ns.overrides])
+    config = config_module.load_config(config_path, overrides=[*_flag_overrides(ns), *overrides])
     data = config_module.section(config, "data", DataArgs)
     return TrainArgs(
         version=version,
         config_path=config_path,
-        weight=_weight(ns.weight, version),
+        weight=ns.weight,
         data_path=ns.data_path,
-        save_path=ns.save_path,
+        save_path=ns.save_path or (run_folder(ns.resume) if ns.resume else Path("runs")),
         placeholder_token=ns.placeholder_token,
         num_vectors=ns.num_vectors,
         initializer_token=ns.initializer_token,
@@ -184,7 +190,7 @@ def parse_train_args(argv=None):
         max_num_ckpt=ns.max_num_ckpt,
         infer_during_train=ns.infer_during_train,
         infer_interval=ns.infer_interval,
-        validation_prompts=tuple(ns.validation_prompt or _default_prompts(ns)),
+        validation_prompts=tuple(prompts or _default_prompts(ns)),
         guidance_scale=ns.guidance_scale,
         resume=ns.resume,
         dry_run=ns.dry_run,
@@ -215,7 +221,8 @@ def _version(version, config_path):
     return VERSIONS[version], config_path or ROOT / VERSIONS[version].config
 
 
-def _weight(weight, version):
+def find_weights(weight, version):
+    """The path --weight, or else the first place where the version's weights are; FileNotFoundError if nowhere."""
     if weight is not None:
         if not weight.exists():
             raise FileNotFoundError(f"--weight '{weight}' does not exist.")

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import logging
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -51,7 +52,7 @@ def load_state(path):
     path = Path(path)
     if path.is_file():
         return _read(path)
-    folder = path if path.name == "state" else path / "state"
+    folder = run_folder(path) / "state"
     states = _states(folder)
     if not states:
         raise FileNotFoundError(f"--resume '{path}': no state of a run is there (looked for {folder}/step_<n>.npz).")
@@ -61,6 +62,14 @@ def load_state(path):
         except ValueError as e:
             logger.warning("%s Trying the one before it.", e)
     raise ValueError(f"--resume '{path}': every state in {folder} is damaged.")
+
+
+def run_folder(path):
+    """The --save_path of the run that `path`, as of load_state, belongs to."""
+    path = Path(path)
+    if path.is_file() or path.suffix == ".npz":
+        path = path.parent
+    return path.parent if path.name == "state" else path
 
 
 def _states(folder):
@@ -78,13 +87,18 @@ def _read(path):
     return arrays, numbers
 
 
-def set_aside(folder):
-    """Move what an earlier run left in a folder to <folder>/earlier_<n>; its latents may stay, they are reused."""
+def set_aside(folder, token):
+    """Move what an earlier run left in a folder to <folder>/earlier_<n>; its latents may stay, they are reused.
+
+    Args:
+        token: the word to learn. Of .safetensors files only this word's moves: others may be a model's weights.
+    """
     folder = Path(folder)
-    left = [*folder.glob("*_ti.ckpt"), *folder.glob("*.safetensors"), *folder.glob("loss.*")]
-    left += [path for name in ("state", "previews", "preview.png") if (path := folder / name).exists()]
+    names = [f"{file_stem(token)}.safetensors", "loss.csv", "loss.png", "state", "previews", "preview.png"]
+    left = [*folder.glob("*_ti.ckpt"), *(path for name in names if (path := folder / name).exists())]
     if not left:
         return
+    left += [path for name in ("config.yaml", "run.json") if (path := folder / name).exists()]
     number = next(n for n in itertools.count(1) if not (folder / f"earlier_{n}").exists())
     place = folder / f"earlier_{number}"
     place.mkdir()
@@ -120,8 +134,8 @@ class LearnedFiles:
             name = f"{file_stem(self.concept.token)}.safetensors"
             write_embedding(self.folder / name, embedding, format="webui", overwrite=True)
         if self.keep is not None:
-            for path in self._files()[: -self.keep]:
-                path.unlink(missing_ok=True)
+            for old in self._files()[: -self.keep]:
+                old.unlink(missing_ok=True)
         return path
 
     def newest(self):
@@ -144,10 +158,11 @@ class LossLog:
         self.path = Path(folder) / "loss.csv"
         self.rows = []
 
-    def resume(self, step):
-        """Keep what was logged up to a step: the run goes on from there."""
-        if self.path.is_file():
-            with open(self.path, newline="") as file:
+    def resume(self, step, folder):
+        """Keep what the run in a folder logged up to a step: it goes on from there."""
+        path = Path(folder) / self.path.name
+        if path.is_file():
+            with open(path, newline="") as file:
                 lines = [line for line in csv.reader(file) if len(line) == len(self.HEADER) and line[0].isdigit()]
             self.rows = [tuple(line) for line in lines if int(line[0]) <= step]
 
@@ -164,11 +179,12 @@ class LossLog:
     def _draw(self, *, size=(800, 400), margin=40):
         """The loss by step, faint, and its running mean over a twentieth of the run, dark."""
         image = Image.new("RGB", size, "white")
-        if not self.rows:
+        rows = [row for row in self.rows if math.isfinite(float(row[2]))]
+        if not rows:
             return image
         draw = ImageDraw.Draw(image)
-        steps = np.array([int(row[0]) for row in self.rows])
-        losses = np.array([float(row[2]) for row in self.rows])
+        steps = np.array([int(row[0]) for row in rows])
+        losses = np.array([float(row[2]) for row in rows])
         window = max(1, len(losses) // 20)
         mean = np.convolve(np.pad(losses, (window - 1, 0), "edge"), np.full(window, 1 / window), "valid")
         top = float(np.quantile(losses, 0.99)) * 1.1 or 1.0
