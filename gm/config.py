@@ -125,7 +125,7 @@ def _plain(node):
 
 
 def _build(node, path):
-    if not isinstance(node, dict) or "target" not in node:
+    if not isinstance(node, dict) or "target" not in node or not isinstance(node.get("params") or {}, dict):
         raise ValueError(f"{path}: expected an entry with 'target' and 'params', found {node!r}.")
     cls = targets.resolve(node["target"], _join(path, "target"))
     parameters = dict(inspect.signature(cls).parameters)

@@ -190,8 +190,9 @@ def test_a_missing_parameter_is_named():
 
 
 def test_what_is_no_node_is_refused():
-    with pytest.raises(ValueError, match="model: expected an entry with 'target'"):
-        instantiate(OmegaConf.create({"params": {}}), "model")
+    for node in ({"params": {}}, {"target": "gm.engine.DiffusionEngine", "params": [1]}):
+        with pytest.raises(ValueError, match="model: expected an entry with 'target'"):
+            instantiate(OmegaConf.create(node), "model")
 
 
 def test_keys_without_effect_are_logged_once_with_the_reason(caplog, monkeypatch):
