@@ -122,8 +122,8 @@ def start_runtime(args):
 def _device(target):
     """Choose the device and check that it is there."""
     if target == "auto":
-        target = "Ascend" if _has_ascend() else "CPU"
-    elif target == "Ascend" and not _has_ascend():
+        target = "Ascend" if has_ascend() else "CPU"
+    elif target == "Ascend" and not has_ascend():
         raise ValueError(
             "--device_target Ascend, but MindSpore finds no Ascend device here (is the CANN toolkit installed and "
             "its set_env.sh sourced?). Use --device_target CPU to run on the processor."
@@ -132,7 +132,9 @@ def _device(target):
     return target
 
 
-def _has_ascend():
+def has_ascend():
+    """Whether MindSpore finds an Ascend device here."""
+    logging.getLogger("mindspore").setLevel(logging.ERROR)  # it warns at length where there is none
     try:
         return ms.hal.is_available("Ascend")
     except ValueError:  # this build of MindSpore cannot drive one
