@@ -30,8 +30,9 @@ def save_state(folder, step, *, arrays, numbers):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**numbers, "step": step, "arrays": sorted(arrays)})
     with atomic_file(folder / f"step_{step:08d}.npz") as file:
-        np.savez(file, __numbers__=np.array(json.dumps({**numbers, "step": step})), **arrays)
+        np.savez(file, __numbers__=np.array(text), **arrays)
     for _, path in _states(folder)[:-KEPT_STATES]:
         path.unlink(missing_ok=True)
 
@@ -82,7 +83,9 @@ def _read(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         numbers = json.loads(str(arrays.pop("__numbers__")))
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as e:
+        if numbers.pop("arrays") != sorted(arrays):  # a damaged table of contents can hide some
+            raise ValueError("arrays are missing")
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, RuntimeError) as e:
         raise ValueError(f"{path} is damaged or no state of a run ({e}).") from e
     return arrays, numbers
 
