@@ -222,19 +222,23 @@ class Run:
             self.draw_previews()
         logger.info("compiling the training step; this takes seconds for a small model, minutes for SDXL ...")
         started = time.perf_counter()
+        stopping = False
         bar = tqdm(total=args.total_step, initial=self.step, unit="step", disable=not self.runtime.is_main)
         with bar, logging_redirect_tqdm(), self.stopping_gently():
-            while self.step < args.total_step and self.stop_signal is None:
+            while self.step < args.total_step and not stopping:
                 self.take_step(bar)
+                # Ranks see a signal at different times, if at all, and must leave the loop together.
+                stopping = self.runtime.any_rank(self.stop_signal is not None)
                 if started is not None:
                     logger.info("first step after %.0f s", time.perf_counter() - started)
                     started = None
-        if self.stop_signal is not None:
+        if stopping:
             self.save()
+            self.runtime.any_rank(False)  # a launcher kills the other ranks when one ends, and rank 0 is saving
             flags = [] if args.resume == args.save_path else ["--resume", str(args.save_path)]
             again = shlex.join(["python", *sys.argv, *flags])
             logger.info("Stopped after step %d; all is saved. Go on with:\n  %s", self.step, again)
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + (self.stop_signal or signal.SIGTERM))
 
     def take_step(self, bar):
         args = self.args
@@ -322,7 +326,7 @@ class Run:
         if self.stop_signal is not None:
             raise KeyboardInterrupt
         self.stop_signal = number
-        logger.warning("Finishing this step, then saving (once more Ctrl-C: stop at once) ...")
+        logger.info("Finishing this step, then saving (once more Ctrl-C: stop at once) ...")
 
 
 if __name__ == "__main__":

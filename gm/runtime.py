@@ -87,8 +87,14 @@ class Runtime:
         if self.world_size == 1:
             return work()
         result = work() if self.is_main else None
-        ops.AllReduce()(ms.Tensor(np.zeros(1, np.float32))).asnumpy()  # all wait for rank 0
+        self.any_rank(False)  # all wait for rank 0
         return result if self.is_main else work()
+
+    def any_rank(self, flag):
+        """Whether `flag` is true on one of the ranks, the same answer on all; waits for every rank to ask."""
+        if self.world_size == 1:
+            return flag
+        return bool(ops.AllReduce()(ms.Tensor([float(flag)], ms.float32)).asnumpy()[0] > 0)
 
 
 def start_runtime(args):

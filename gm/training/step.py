@@ -64,13 +64,13 @@ class TrainOneStepCell(nn.Cell):
         loss = scaled_loss / loss_scale
         sums, square = (), ops.zeros((), ms.float32)
         for i in range(len(self.rows)):
-            g = self.accumulated[i] + gradients[i] / loss_scale * self.share
-            reduced = g
-            if self.world_size > 1:
-                reduced = self.all_reduce(g) / self.world_size
+            g = gradients[i] / loss_scale * self.share
+            if self.world_size > 1:  # at every step, so that all ranks accumulate, and could save, the same
+                g = self.all_reduce(g) / self.world_size
+            g = self.accumulated[i] + g
             ops.assign(self.accumulated[i], ops.select(is_last, ops.zeros_like(g), g))
-            sums += (reduced,)
-            square = square + ops.reduce_sum(ops.square(reduced))
+            sums += (g,)
+            square = square + ops.reduce_sum(ops.square(g))
         if self.world_size > 1:
             loss = self.all_reduce(loss) / self.world_size
         norm = ops.sqrt(square)
