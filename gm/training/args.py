@@ -49,6 +49,14 @@ class DataArgs:
     num_crops: int = 1  # places that crop: random takes of a picture
     flip: bool = False  # also learn from mirrored pictures
 
+    def __post_init__(self):
+        for name in ("per_batch_size", "total_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
+        sides = self.target_size if isinstance(self.target_size, list) else [self.target_size] * 2
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"data.target_size is {self.target_size}; give pixels, or [height, width].")
+
     @property
     def size(self):
         """(height, width)."""
@@ -167,7 +175,7 @@ def parse_train_args(argv=None):
     # An override behind the prompts is not one of them.
     prompts = [text for text in ns.validation_prompt or () if not _OVERRIDE.match(text)]
     overrides = ns.overrides + [text for text in ns.validation_prompt or () if _OVERRIDE.match(text)]
-    version, config_path = _version(ns.version, ns.config)
+    version, config_path = find_version(ns.version, ns.config)
     config = config_module.load_config(config_path, overrides=[*_flag_overrides(ns), *overrides])
     data = config_module.section(config, "data", DataArgs)
     return TrainArgs(
@@ -213,7 +221,7 @@ def _flag_overrides(ns):
     return [f"{key}={value}" for key, value in keys.items() if value is not None]
 
 
-def _version(version, config_path):
+def find_version(version, config_path):
     """The Version and its config; a config alone names its version if it is one of ours."""
     if version is None:
         shipped = {Path(v.config).name: name for name, v in VERSIONS.items()}

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from gm.data.images import check_pictures, scan_folder
+from gm.data.images import check_pictures, make_views, scan_folder
 from gm.sampling import SamplingArgs
 from gm.textual_inversion.concept import check_num_vectors
 from gm.textual_inversion.embedding_file import file_stem, read_embedding
@@ -35,6 +35,7 @@ def check_run(args, engine):
 
     attempt(find_weights, args.weight, args.version)
     attempt(_check_pictures, args)
+    attempt(lambda: make_views(args.data.crop, num_crops=args.data.num_crops, flip=args.data.flip, seed=0))
     attempt(_check_captions, args, engine.conditioner.text_embedders[0].tokenizer)
     for embedder in engine.conditioner.text_embedders:
         attempt(embedder.tokenizer.check_placeholder, args.placeholder_token)
@@ -99,7 +100,7 @@ def _check_initializer(args, engine):
 
 
 def _check_sizes(args, engine):
-    levels = len([block for block in engine.model.diffusion_model.input_blocks if len(block.takes) == 1]) - 1
+    levels = len([block for block in engine.model.diffusion_model.input_blocks if block.takes == ("map",)]) - 1  # conv_in
     multiple = engine.first_stage_model.downsampling * 2**levels
     if any(side < multiple or side % multiple for side in args.data.size):
         raise ValueError(f"data.target_size {args.data.size}: both sides must be multiples of {multiple} pixels.")
