@@ -382,9 +382,14 @@ def test_a_learned_word_counts_in_negative_prompts_and_with_weights(engine):
 
 def test_pictures_do_not_depend_on_the_batch_beyond_rounding(engine):
     together = pictures(engine, "a photo of a <toy>", num_cols=2)
+    compiled = len(engine.model.diffusion_model.compile_cache)
     alone = pictures(engine, "a photo of a <toy>", num_rows=2)
     assert np.abs(together[0] - together[1]).max() > 10
     assert np.abs(together - alone).max() <= 1
+    pictures(engine, "a drawing of a <twin> and a red dog", num_cols=2)
+    assert (
+        len(engine.model.diffusion_model.compile_cache) <= compiled + 1
+    )  # a graph a shape, whatever the prompt
 
 
 def test_the_unconditional_half_has_zeros_for_text_and_the_prompts_sizes(engine):

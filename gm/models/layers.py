@@ -150,7 +150,7 @@ def add_per_sample(x, e):
 
 def _repeat(x, length):
     """(B, 1, C) -> (B, length, C), as a product by ones (a broadcast would keep index lists)."""
-    return ops.bmm(ones(x.shape[0], length, 1), x)
+    return ops.bmm(ops.cast(ones(x.shape[0], length, 1), x.dtype), x)
 
 
 @functools.lru_cache(maxsize=None)

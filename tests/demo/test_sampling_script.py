@@ -226,11 +226,11 @@ def test_a_wrong_command_ends_with_one_line():
     assert "Traceback" not in done.stderr
 
 
-def test_img2img_and_the_refiner_run_end_to_end(files):
+def test_img2img_and_the_refiner_run_end_to_end_in_half_precision(files):
     write_tiny_weights(files / "base.safetensors")
     write_tiny_weights(files / "refiner.safetensors", kind="refiner")
     flags = ("--task", "img2img", "--img", files / "start.jpg", "--add_pipeline", "True")
     flags += ("--stage2strength", 0.4, "--textual_inversion_weight", files / "SD-XL-base-1.0_3000_ti.ckpt")
-    path, _ = script.main(command(files, *flags))
+    path, _ = script.main(command(files, *flags, "--ms_amp_level", "O2"))
     pixels, _ = read(path)
     assert pixels.shape == (64, 64, 3) and pixels.std() > 5

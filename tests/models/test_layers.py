@@ -169,3 +169,14 @@ def test_embedding_takes_rows(mode):
 def test_flash_attention_without_ascend_is_an_error():
     with pytest.raises(ValueError, match="Ascend"):
         attention.use_flash_attention(True)
+
+
+@pytest.mark.parametrize("form", ["rows", "native"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_vector_a_sample_is_added_in_float16(form, batch, mode):
+    with layers.forced_form(form):
+        x = layers.to_feature_map(Tensor(np.ones((batch, 3, 2, 2)), ms.float16))
+        e = Tensor(np.arange(3 * batch).reshape(batch, 3), ms.float16)
+        y = layers.from_feature_map(layers.add_per_sample(x, e))
+    assert y.dtype == ms.float16
+    assert y.asnumpy()[:, :, 1, 0].ravel().tolist() == [1.0 + i for i in range(3 * batch)]
