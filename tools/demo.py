@@ -3,8 +3,8 @@
     python -m tools.demo
 
 Runs the two commands of the README, train_textual_inversion.py and demo/sampling_without_streamlit.py, on the
-pictures of datasets/cat_toy, then tools/evaluate.py. Everything goes to a new folder, runs/demo or runs/demo_2 and
-so on; its sheet.png is the last thing that is named.
+pictures of datasets/cat_toy, and measures what they drew as tools/evaluate.py does. Everything goes to a new folder,
+runs/demo or runs/demo_2 and so on; its sheet.png is the last thing that is named.
 """
 
 import argparse
@@ -21,13 +21,15 @@ from PIL import Image, ImageDraw, ImageFont
 from gm.atomic_file import atomic_file
 from gm.textual_inversion.embedding_file import learned_file_name
 from gm.training.args import VERSIONS
-from tools.small_world.concepts import find_concept, judge, prompts
+from tools.evaluate import evaluate, format_table, write_json
+from tools.small_world.concepts import control_words, find_concept, judge, prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = VERSIONS["SDXL-small"]
 DATA, WORD = "cat_toy", "<cat-toy>"
 TOTAL_STEP = 400
-SEED = 42
+SEED = 42  # of training and previews
+SEEDS = range(42, 45)  # of the pictures of a prompt
 PREVIEWS = (f"a photo of a {WORD}", f"a picture of the {WORD}", f"a rendering of a {WORD}", f"a view of the {WORD}")
 
 
@@ -43,7 +45,7 @@ def main(argv=None, *, run=subprocess.run):
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save_path", type=Path, help="a new folder (default: runs/demo, or the next one free)")
-    folder = parser.parse_args(argv).save_path or next_folder(Path("runs"))
+    folder = (parser.parse_args(argv).save_path or next_folder(Path("runs"))).resolve()
     weights = ROOT / SMALL.weights[0]
     if not weights.exists():
         raise FileNotFoundError(
@@ -51,16 +53,25 @@ def main(argv=None, *, run=subprocess.run):
             "(`git status`), or make it again with tools/pretrain_small.py."
         )
     folder.mkdir(parents=True)
-    edits = [prompt for prompt in prompts(find_concept(DATA), WORD) if prompt.group == "editability"]
-    (folder / "prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in edits))
+    concept = find_concept(DATA)
+    words = {"learned word": WORD, **control_words(concept)}
+    asked = [prompt.text for word in words.values() for prompt in prompts(concept, word)]
+    (folder / "prompts.txt").write_text("".join(f"{text}\n" for text in asked))
 
     started = time.perf_counter()
     for title, command in commands(folder).items():
         print(f"\n== {title}\n$ {shlex.join(['python', *command])}\n", flush=True)
         run([sys.executable, *command], cwd=ROOT, check=True)
+
+    print("\n== Measuring it", flush=True)
+    drawn = read_drawn(folder / "drawn")
+    table = evaluate(concept, words, draw=lambda text, seeds: [drawn[text, seed] for seed in seeds], seeds=SEEDS)
+    print(f"\n{concept.name}, {len(SEEDS)} pictures a prompt\n{format_table(table)}")
+    write_json(folder / "scores.json", table, concept=concept.name, word=WORD, seeds=list(SEEDS))
+
     sheet = folder / "sheet.png"
     with atomic_file(sheet) as file:
-        contact_sheet(rows_of(folder, edits)).save(file, "PNG")
+        contact_sheet(rows_of(folder, drawn)).save(file, "PNG")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Training pictures, before, during, after and edits:\n{sheet}")
     return sheet
 
@@ -71,26 +82,23 @@ def next_folder(runs):
     while folder.exists():
         number += 1
         folder = runs / f"demo_{number}"
-    return folder.resolve()
+    return folder
 
 
 def commands(folder):
-    """Title -> arguments of python. The first two are the README's, with the small model's numbers."""
+    """Title -> arguments of python: the README's commands, with the small model's numbers."""
     learned = str(folder / learned_file_name(SMALL.name, TOTAL_STEP))
     train = ["train_textual_inversion.py", "--version", "SDXL-small", "--data_path", f"datasets/{DATA}"]
     train += ["--save_path", str(folder), "--infer_during_train", "True", "--gradient_accumulation_steps", "1"]
     train += ["--num_vectors", "4", "--total_step", str(TOTAL_STEP), "--placeholder_token", WORD]
-    train += ["--learnable_property", "object", "--infer_interval", str(TOTAL_STEP // 4), "--seed", str(SEED)]
+    train += ["--learnable_property", "object", "--infer_interval", str(TOTAL_STEP // 2), "--seed", str(SEED)]
     train += ["--log_interval", "50", "--validation_prompt", *PREVIEWS]
 
     sample = ["demo/sampling_without_streamlit.py", "--task", "txt2img", "--config", SMALL.config]
     sample += ["--weight", SMALL.weights[0], "--textual_inversion_weight", learned]
-    sample += ["--prompt", str(folder / "prompts.txt"), "--num_cols", "2", "--sample_step", "20"]
-    sample += ["--seed", str(SEED), "--save_path", str(folder / "edits")]
-
-    score = ["tools/evaluate.py", "--concept", DATA, "--textual_inversion_weight", learned]
-    score += ["--num_pictures", "4", "--seed", "1000", "--json", str(folder / "scores.json")]
-    return {"Learning a word": train, "Drawing with it": sample, "Measuring it": score}
+    sample += ["--prompt", str(folder / "prompts.txt"), "--num_cols", str(len(SEEDS)), "--sample_step", "16"]
+    sample += ["--seed", str(SEEDS[0]), "--save_path", str(folder / "drawn")]
+    return {"Learning a word": train, "Drawing with it": sample}
 
 
 # ---------------------------------------------------------------- the sheet
@@ -103,8 +111,17 @@ class Cell:
     passed: bool | None = None  # the scorer's verdict, where there is one
 
 
-def rows_of(folder, edits):
-    """The sheet's rows, title -> cells, from what the commands left in a folder."""
+def read_drawn(folder):
+    """What the sampling command drew, {(prompt, seed): picture}; its PNG files say which is which."""
+    drawn = {}
+    for path in sorted(folder.glob("*_seed*.png")):
+        with Image.open(path) as image:
+            drawn[image.info["prompt"], int(image.info["seed"])] = np.asarray(image.convert("RGB"))
+    return drawn
+
+
+def rows_of(folder, drawn):
+    """The sheet's rows, title -> cells, from what the commands left in a folder and `read_drawn`."""
     concept = find_concept(DATA)
     rows = {"training pictures": [Cell(read(path)) for path in sorted((ROOT / "datasets" / DATA).glob("*.png"))]}
     previews = sorted((folder / "previews").glob("step_*.png"))
@@ -113,14 +130,12 @@ def rows_of(folder, edits):
         when = {previews[0]: "before", previews[-1]: "after"}.get(path, "during")
         pictures = np.split(read(path), len(PREVIEWS), axis=1)
         rows[f"{when}: step {step}"] = [Cell(*cell) for cell in zip(pictures, PREVIEWS, strict=True)]
-    drawn = [read(path) for path in sorted((folder / "edits").glob("*_seed*.png"))]
-    columns = len(drawn) // len(edits)
-    for column in range(columns):
-        cells = []
-        for prompt, picture in zip(edits, drawn[column::columns], strict=True):
-            passed = judge(concept, prompt, picture, seed=column).passed
-            cells.append(Cell(picture, prompt.text, passed))
-        rows[f"edits, seed {SEED + column}"] = cells
+    edits = [prompt for prompt in prompts(concept, WORD) if prompt.group == "editability"]
+    for seed in SEEDS[:2]:
+        cells = [(drawn[prompt.text, seed], prompt) for prompt in edits]
+        rows[f"edits, seed {seed} (framed green where the scorer finds the toy and the edit)"] = [
+            Cell(picture, prompt.text, judge(concept, prompt, picture, seed=seed).passed) for picture, prompt in cells
+        ]
     return rows
 
 

@@ -80,15 +80,15 @@ def main(argv=None):
     return table
 
 
-def evaluate(concept, words, *, draw, round_trip, seeds):
+def evaluate(concept, words, *, draw, seeds, round_trip=None):
     """Measure words that are to mean a concept; renders and the autoencoder show the best that is possible.
 
     Args:
         concept: of tools.small_world.concepts.
         words: row of the table -> word, in a prompt in the place of the concept's name.
         draw: (prompt's text, seeds) -> a picture (side, side, 3) uint8 a seed.
-        round_trip: a picture -> what the autoencoder makes of it.
         seeds: of each prompt's pictures.
+        round_trip: a picture -> what the autoencoder makes of it; None leaves that row out.
 
     Returns:
         row -> measure -> Figure, as `summarise` has them.
@@ -103,7 +103,8 @@ def evaluate(concept, words, *, draw, round_trip, seeds):
         real.setdefault(prompt.text, [real_picture(concept, prompt, seed=seed) for seed in seeds])
         return real[prompt.text]
 
-    sources["autoencoder"] = "concept", lambda prompt: map(round_trip, renders(prompt))
+    if round_trip is not None:
+        sources["autoencoder"] = "concept", lambda prompt: map(round_trip, renders(prompt))
     sources["real renders"] = "concept", renders
 
     table = {}

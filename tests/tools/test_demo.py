@@ -1,6 +1,7 @@
 """The demo: the commands it runs are right, nothing of the user's is touched, and the sheet shows what came out."""
 
 import importlib.util
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from gm.sampling import SamplingArgs, png_text, save_png
 from gm.training.args import parse_train_args
-from tools import demo, evaluate
+from tools import demo
 from tools.demo import Cell, contact_sheet
-from tools.small_world.concepts import find_concept, prompts, real_picture
+from tools.small_world.concepts import control_words, find_concept, prompts, real_picture
 
 CAT = find_concept("cat_toy")
+WORDS = (demo.WORD, *control_words(CAT).values())
 EDITS = [prompt for prompt in prompts(CAT, demo.WORD) if prompt.group == "editability"]
 
 
@@ -32,10 +35,10 @@ def commands(weights, tmp_path):
 
 
 class Program:
-    """Stands for the three commands: writes what they would leave, the real pictures among it."""
+    """Stands for the commands: leaves what they would, with the toy itself as what the word came to mean."""
 
-    def __init__(self, folder, *, wrong=()):
-        self.folder, self.wrong, self.ran = folder, wrong, []
+    def __init__(self, folder):
+        self.folder, self.ran = folder, []
 
     def __call__(self, command, *, cwd, check):
         self.ran.append(command[1])
@@ -45,12 +48,17 @@ class Program:
             for step in (0, 200, 400):
                 row = np.full((64, 64 * len(demo.PREVIEWS), 3), step // 2, np.uint8)
                 Image.fromarray(row).save(self.folder / "previews" / f"step_{step:08d}.png")
-        if command[1] == "demo/sampling_without_streamlit.py":
-            (self.folder / "edits").mkdir()
-            Image.new("RGB", (128, 448)).save(self.folder / "edits" / "0001_grid.png")
-            for i, (prompt, seed) in enumerate((p, s) for p in EDITS for s in (42, 43)):
-                picture = real_picture(CAT, EDITS[0] if i in self.wrong else prompt, seed=seed)
-                Image.fromarray(picture).save(self.folder / "edits" / f"0001_{i + 1:02d}_seed{seed}.png")
+            return
+        settings, number = SamplingArgs(height=64, width=64), 0
+        asked = {p.text: (p, word) for word in WORDS for p in prompts(CAT, word)}
+        for text in (self.folder / "prompts.txt").read_text().splitlines():
+            prompt, word = asked[text]
+            for seed in demo.SEEDS:
+                number += 1
+                scene = prompt if word != "toy" else replace(prompt, text="", wanted={"shape": "ring"})
+                path = self.folder / "drawn" / f"0001_{number:02d}_seed{seed}.png"
+                path.parent.mkdir(exist_ok=True)
+                save_png(path, real_picture(CAT, scene, seed=seed), png_text(text, seed, settings, {}))
 
 
 # ---- commands ----
@@ -74,19 +82,31 @@ def test_the_sampling_command_takes_the_file_that_training_leaves(commands, tmp_
     assert Path(args.config).name == "sd_xl_small_textual_inversion.yaml"
 
 
-def test_the_measuring_command_measures_the_same_file(commands):
-    args = evaluate.parse_args(commands[2][1:])
-    assert args.textual_inversion_weight in commands[1]
-    assert find_concept(args.concept) is CAT
+def test_the_demo_runs_both_measures_what_they_drew_and_names_the_sheet_last(
+    weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(demo, "SEEDS", range(42, 44))
+    folder = tmp_path / "run"
+    program = Program(folder)
+    sheet = demo.main(["--save_path", str(folder)], run=program)
+    assert program.ran == ["train_textual_inversion.py", "demo/sampling_without_streamlit.py"]
+    assert capsys.readouterr().out.splitlines()[-1] == str(sheet) == str(folder / "sheet.png")
+    assert Image.open(sheet).width == 10 + 7 * 138
 
+    rows = json.loads((folder / "scores.json").read_text())["rows"]
+    assert list(rows) == ["learned word", "oracle prompt", "class word", "real renders"]
+    means = {row: [figure["mean"] for figure in figures.values()] for row, figures in rows.items()}
+    assert means["learned word"] == means["oracle prompt"] == [1, 1, 0] and means["class word"][:2] == [0, 0]
 
-def test_the_commands_run_in_order_and_the_sheet_is_the_last_thing_named(weights, tmp_path, capsys):
-    program = Program(tmp_path / "run")
-    sheet = demo.main(["--save_path", str(tmp_path / "run")], run=program)
-    assert program.ran == ["train_textual_inversion.py", "demo/sampling_without_streamlit.py", "tools/evaluate.py"]
-    assert capsys.readouterr().out.splitlines()[-1] == str(sheet)
-    assert Image.open(sheet).width > 7 * 128
-    assert (tmp_path / "run" / "prompts.txt").read_text().splitlines() == [prompt.text for prompt in EDITS]
+    shown = demo.rows_of(folder, demo.read_drawn(folder / "drawn"))
+    titles = [title.split(" (")[0] for title in shown]
+    assert titles[:4] == ["training pictures", "before: step 0", "during: step 200", "after: step 400"]
+    assert titles[4:] == ["edits, seed 42", "edits, seed 43"]
+    assert [len(cells) for cells in shown.values()] == [5, 4, 4, 4, len(EDITS), len(EDITS)]
+    *_, during, _, first, second = shown.values()
+    assert [cell.picture.max() for cell in during] == [100] * 4
+    assert all(cell.passed for cell in (*first, *second))
+    assert [cell.caption for cell in second] == [prompt.text for prompt in EDITS]
 
 
 def test_a_second_demo_leaves_the_first_alone(tmp_path):
@@ -112,21 +132,6 @@ def test_a_command_that_fails_stops_the_demo(weights, tmp_path):
 
 
 # ---- the sheet ----
-
-
-def test_rows_are_training_before_during_after_and_judged_edits(tmp_path):
-    program = Program(tmp_path, wrong=(2,))  # the second prompt's first picture is one for the first prompt
-    for name in ("train_textual_inversion.py", "demo/sampling_without_streamlit.py"):
-        program([None, name], cwd=demo.ROOT, check=True)
-    rows = demo.rows_of(tmp_path, EDITS)
-    assert list(rows) == [
-        "training pictures", "before: step 0", "during: step 200", "after: step 400", "edits, seed 42", "edits, seed 43",
-    ]  # fmt: skip
-    assert [len(cells) for cells in rows.values()] == [5, 4, 4, 4, len(EDITS), len(EDITS)]
-    assert [cell.picture.max() for cell in rows["during: step 200"]] == [100] * 4
-    assert [cell.passed for cell in rows["edits, seed 42"]] == [True, False, *[True] * (len(EDITS) - 2)]
-    assert all(cell.passed for cell in rows["edits, seed 43"])
-    assert [cell.caption for cell in rows["edits, seed 43"]] == [prompt.text for prompt in EDITS]
 
 
 def test_a_sheet_shows_each_picture_in_its_place_framed_by_its_verdict():
