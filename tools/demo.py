@@ -3,8 +3,8 @@
     python -m tools.demo
 
 Runs the two commands of the README, train_textual_inversion.py and demo/sampling_without_streamlit.py, on the
-pictures of datasets/cat_toy, and measures what they drew as tools/evaluate.py does. Everything goes to a new folder,
-runs/demo or runs/demo_2 and so on; its sheet.png is the last thing that is named.
+pictures of datasets/cat_toy, and measures what they drew as tools/evaluate.py does. Everything goes to a new
+folder, runs/demo or runs/demo_2 and so on; its sheet.png is the last thing that is named.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DATA, WORD = "cat_toy", "<cat-toy>"
 TOTAL_STEP = 400
 SEED = 42  # of training and previews
 SEEDS = range(42, 45)  # of the pictures of a prompt
-PREVIEWS = (f"a photo of a {WORD}", f"a picture of the {WORD}", f"a rendering of a {WORD}", f"a view of the {WORD}")
+PREVIEWS = tuple(f"{start} {WORD}" for start in ("a photo of a", "a picture of the", "a print of a", "the"))
 
 
 def main(argv=None, *, run=subprocess.run):
@@ -43,8 +43,10 @@ def main(argv=None, *, run=subprocess.run):
         FileNotFoundError: the small model's weights are not there.
         subprocess.CalledProcessError: a command failed; it has said why.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save_path", type=Path, help="a new folder (default: runs/demo, or the next one free)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--save_path", type=Path, help="a new folder (default: runs/demo or the next one)")
     folder = (parser.parse_args(argv).save_path or next_folder(Path("runs"))).resolve()
     weights = ROOT / SMALL.weights[0]
     if not weights.exists():
@@ -65,14 +67,16 @@ def main(argv=None, *, run=subprocess.run):
 
     print("\n== Measuring it", flush=True)
     drawn = read_drawn(folder / "drawn")
-    table = evaluate(concept, words, draw=lambda text, seeds: [drawn[text, seed] for seed in seeds], seeds=SEEDS)
+    table = evaluate(concept, words, draw=lambda text, seeds: [drawn[text, s] for s in seeds], seeds=SEEDS)
     print(f"\n{concept.name}, {len(SEEDS)} pictures a prompt\n{format_table(table)}")
     write_json(folder / "scores.json", table, concept=concept.name, word=WORD, seeds=list(SEEDS))
 
     sheet = folder / "sheet.png"
     with atomic_file(sheet) as file:
         contact_sheet(rows_of(folder, drawn)).save(file, "PNG")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Training pictures, before, during, after and edits:\n{sheet}")
+    print(
+        f"\nDone in {time.perf_counter() - started:.0f} s. Training pictures, before, after, edits:\n{sheet}"
+    )
     return sheet
 
 
@@ -89,10 +93,11 @@ def commands(folder):
     """Title -> arguments of python: the README's commands, with the small model's numbers."""
     learned = str(folder / learned_file_name(SMALL.name, TOTAL_STEP))
     train = ["train_textual_inversion.py", "--version", "SDXL-small", "--data_path", f"datasets/{DATA}"]
-    train += ["--save_path", str(folder), "--infer_during_train", "True", "--gradient_accumulation_steps", "1"]
-    train += ["--num_vectors", "4", "--total_step", str(TOTAL_STEP), "--placeholder_token", WORD]
-    train += ["--learnable_property", "object", "--infer_interval", str(TOTAL_STEP // 2), "--seed", str(SEED)]
-    train += ["--log_interval", "50", "--validation_prompt", *PREVIEWS]
+    train += ["--save_path", str(folder), "--infer_during_train", "True"]
+    train += ["--gradient_accumulation_steps", "1", "--num_vectors", "4", "--total_step", str(TOTAL_STEP)]
+    train += ["--placeholder_token", WORD, "--learnable_property", "object", "--seed", str(SEED)]
+    train += ["--log_interval", "50", "--infer_interval", str(TOTAL_STEP // 2)]
+    train += ["--validation_prompt", *PREVIEWS]
 
     sample = ["demo/sampling_without_streamlit.py", "--task", "txt2img", "--config", SMALL.config]
     sample += ["--weight", SMALL.weights[0], "--textual_inversion_weight", learned]
@@ -123,7 +128,8 @@ def read_drawn(folder):
 def rows_of(folder, drawn):
     """The sheet's rows, title -> cells, from what the commands left in a folder and `read_drawn`."""
     concept = find_concept(DATA)
-    rows = {"training pictures": [Cell(read(path)) for path in sorted((ROOT / "datasets" / DATA).glob("*.png"))]}
+    shown = sorted((ROOT / "datasets" / DATA).glob("*.png"))
+    rows = {"training pictures": [Cell(read(path)) for path in shown]}
     previews = sorted((folder / "previews").glob("step_*.png"))
     for path in previews:
         step = int(path.stem.removeprefix("step_"))
@@ -132,10 +138,12 @@ def rows_of(folder, drawn):
         rows[f"{when}: step {step}"] = [Cell(*cell) for cell in zip(pictures, PREVIEWS, strict=True)]
     edits = [prompt for prompt in prompts(concept, WORD) if prompt.group == "editability"]
     for seed in SEEDS[:2]:
-        cells = [(drawn[prompt.text, seed], prompt) for prompt in edits]
-        rows[f"edits, seed {seed} (framed green where the scorer finds the toy and the edit)"] = [
-            Cell(picture, prompt.text, judge(concept, prompt, picture, seed=seed).passed) for picture, prompt in cells
-        ]
+        cells = []
+        for prompt in edits:
+            picture = drawn[prompt.text, seed]
+            passed = judge(concept, prompt, picture, seed=seed).passed
+            cells.append(Cell(picture, prompt.text, passed))
+        rows[f"edits, seed {seed} (framed green where the scorer finds the toy and the edit)"] = cells
     return rows
 
 
@@ -157,9 +165,7 @@ def contact_sheet(rows, *, side=128, gap=10, line=13):
     """
     font = ImageFont.load_default(size=line - 2)
     width = gap + max(len(cells) for cells in rows.values()) * (side + gap)
-    captions = {
-        title: [wrap(cell.caption, side, font) for cell in cells] for title, cells in rows.items()
-    }
+    captions = {title: [wrap(cell.caption, side, font) for cell in cells] for title, cells in rows.items()}
     heights = {
         title: 2 * line + side + line * max(len(lines) for lines in captions[title]) + gap for title in rows
     }

@@ -6,8 +6,8 @@
     editability  share of pictures that show the concept and what the prompt asks for besides
     leakage      share of pictures with a training background where another one was asked for
 
-An interval beside a share is its 95 % bootstrap interval over seeds. No network judges: tools/small_world/scorer.py
-reads the pixels. `python -m tools.small_world.concepts` lists the concepts.
+An interval beside a share is its 95 % bootstrap interval over seeds. No network judges:
+tools/small_world/scorer.py reads the pixels. `python -m tools.small_world.concepts` lists the concepts.
 """
 
 import argparse
@@ -62,9 +62,8 @@ def main(argv=None):
     words = sampling.read_words(engine.conditioner, [args.textual_inversion_weight, *args.other_weight])
     load_weights(engine, args.weight)
     sampling.add_words(engine.conditioner, words)
-    add_concept(  # as training's own start
-        engine.conditioner, token=UNTRAINED, num_vectors=words[0].num_vectors, rng=np.random.default_rng(args.seed)
-    )
+    rng = np.random.default_rng(args.seed)  # rows as training starts from
+    add_concept(engine.conditioner, token=UNTRAINED, num_vectors=words[0].num_vectors, rng=rng)
     table = evaluate(
         concept,
         {"learned word": words[0].token, **control_words(concept), "untrained word": UNTRAINED}
@@ -94,9 +93,7 @@ def evaluate(concept, words, *, draw, seeds, round_trip=None):
         row -> measure -> Figure, as `summarise` has them.
     """
     seeds = list(seeds)
-    sources = {
-        row: (word, lambda prompt: draw(prompt.text, seeds)) for row, word in words.items()
-    }
+    sources = {row: (word, lambda prompt: draw(prompt.text, seeds)) for row, word in words.items()}
     real = {}
 
     def renders(prompt):
@@ -148,14 +145,16 @@ def write_json(path, table, **facts):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--concept", required=True, help="what the word is to mean: a folder of datasets/, or a concept's name")
+    add("--concept", required=True, help="what the word is to mean: a folder of datasets/ or a concept")
     add("--textual_inversion_weight", required=True, metavar="FILE", help="the learned word, in any format")
     add("--other_weight", nargs="+", default=[], metavar="FILE", help="words of other concepts, as a control")
     add("--config", default=ROOT / SMALL.config, help="YAML of the model (default: the small model's)")
     add("--weight", default=ROOT / SMALL.weights[0], help="its weights (default: the small model's)")
-    add("--num_pictures", type=int, default=8, help="pictures a prompt and word, with seeds from --seed (default 8)")
+    add("--num_pictures", type=int, default=8, help="pictures a prompt, seeds from --seed on (default 8)")
     add("--guidance_scale", type=float, default=5.0, help="default 5")
     add("--sample_step", type=int, default=20, help="sampling steps (default 20)")
     add("--json", type=Path, metavar="FILE", help="also write the table here")

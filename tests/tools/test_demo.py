@@ -1,4 +1,4 @@
-"""The demo: the commands it runs are right, nothing of the user's is touched, and the sheet shows what came out."""
+"""The demo: its commands are right, nothing of the user's is touched, the sheet shows what came out."""
 
 import importlib.util
 import json

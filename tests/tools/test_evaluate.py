@@ -1,4 +1,4 @@
-"""Measuring a word: a perfect model gets full marks, one that knows nothing gets none, and both are told apart."""
+"""Measuring a word: a model that knows it gets full marks, and one that does not gets none."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_a_model_that_draws_the_concept_gets_full_marks_and_another_concept_none
 
 def test_a_model_that_repeats_its_training_pictures_leaks_their_backgrounds():
     pictures = CAT.training_pictures(64)
-    table = measure({"learned word": "<cat>"}, lambda text, seeds: [pictures[seed] for seed in seeds], seeds=(0, 2))
+    table = measure({"learned word": "<cat>"}, lambda _, seeds: [pictures[s] for s in seeds], seeds=(0, 2))
     scores = means(table["learned word"])
     assert scores["fidelity"] == scores["leakage"] == 1
     assert scores["editability"] < 0.3  # what is large anyway is large
@@ -82,8 +82,9 @@ def test_the_engine_draws_a_seed_alone_as_it_does_beside_others():
 def test_a_picture_goes_through_the_autoencoder_and_back():
     settings = evaluate.sampling.SamplingArgs(height=64, width=64)
     flat = np.full((64, 64, 3), 200, np.uint8)
-    back = evaluate.round_trip(FakeEngine(), flat, settings)  # whose decoder divides by 3 what its encoder kept
-    assert back.shape == flat.shape and np.unique(back).tolist() == [round(((200 / 127.5 - 1) / 3 + 1) * 127.5)]
+    back = evaluate.round_trip(FakeEngine(), flat, settings)  # its decoder divides by 3 what its encoder kept
+    expected = round(((200 / 127.5 - 1) / 3 + 1) * 127.5)
+    assert back.shape == flat.shape and np.unique(back).tolist() == [expected]
 
 
 def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, monkeypatch, capsys):
@@ -93,7 +94,8 @@ def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, monkeypatch,
     files = [str(write_word(tmp_path / f"{name}.ckpt", f"<{name}>")) for name in ("cat", "robot")]
     table = evaluate.main([
         "--concept", "cat_toy", "--textual_inversion_weight", files[0], "--other_weight", files[1],
-        "--num_pictures", "1", "--sample_step", "1", "--json", str(tmp_path / "scores.json"), "--device_target", "CPU",
+        "--num_pictures", "1", "--sample_step", "1", "--json", str(tmp_path / "scores.json"),
+        "--device_target", "CPU",
     ])  # fmt: skip
     rows = ["learned word", "oracle prompt", "class word", "untrained word", "word <robot>", "autoencoder"]
     assert list(table) == [*rows, "real renders"]
@@ -111,10 +113,11 @@ def test_the_command_prints_a_table_and_writes_it_as_json(tmp_path, monkeypatch,
 
 def test_the_table_compares_with_the_oracle_prompt():
     table = measure({"learned word": "<cat>", "oracle prompt": "<cat>"}, drawer(CAT, "<cat>"))
-    assert evaluate.format_table(table).endswith("The learned word's fidelity is 100% of the oracle prompt's.")
+    assert evaluate.format_table(table).endswith("fidelity is 100% of the oracle prompt's.")
 
 
 def test_no_pictures_at_all_are_refused(capsys):
+    flags = ["--concept", "cat_toy", "--textual_inversion_weight", "x", "--num_pictures", "0"]
     with pytest.raises(SystemExit):
-        evaluate.parse_args(["--concept", "cat_toy", "--textual_inversion_weight", "x", "--num_pictures", "0"])
+        evaluate.parse_args(flags)
     assert "--num_pictures 0: at least 1" in capsys.readouterr().err
