@@ -74,9 +74,7 @@ def main(argv=None, *, run=subprocess.run):
     sheet = folder / "sheet.png"
     with atomic_file(sheet) as file:
         contact_sheet(rows_of(folder, drawn)).save(file, "PNG")
-    print(
-        f"\nDone in {time.perf_counter() - started:.0f} s. Training pictures, before, after, edits:\n{sheet}"
-    )
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. From training pictures to edits:\n{sheet}")
     return sheet
 
 
