@@ -12,12 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NODE_TIMEOUT = 25  # seconds of silence after which the scheduler gives a rank up, and with it the job
 SCHEDULER_TIMEOUT = 10  # seconds after which a rank gives the scheduler up
 COLLECTIVE_TIMEOUT = 24 * 3600  # seconds that ranks wait for one that encodes, compiles or draws previews
+START_LIMIT = 300  # seconds until the scheduler must answer
 GRACE = 10  # seconds that the scheduler may outlive rank 0
 
 
@@ -52,6 +54,7 @@ def join(device):
         os.environ.update(cluster_variables(os.environ))
         if os.environ["MS_NODE_ID"] == "0":
             _start_scheduler()
+        _wait_for_scheduler()
 
     from mindspore.communication import get_group_size, get_rank, init
 
@@ -115,6 +118,22 @@ def _start_scheduler():
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
         env={**os.environ, "MS_ROLE": "MS_SCHED", "MS_NODE_TIMEOUT": os.environ.get("MS_NODE_TIMEOUT", str(NODE_TIMEOUT))},
     )  # fmt: skip
+
+
+def _wait_for_scheduler():
+    """MindSpore would find it too, but lets up to a minute pass between two tries."""
+    host, port = os.environ["MS_SCHED_HOST"], os.environ["MS_SCHED_PORT"]
+    end = time.monotonic() + START_LIMIT
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise ValueError(
+        f"no scheduler answers at {host}:{port}; is that the address of the first rank's machine, and can this one "
+        "reach the port? Set both with mpirun -x MS_SCHED_HOST=<address> -x MS_SCHED_PORT=<port> ..."
+    )
 
 
 def _signal_when_parent_dies(number):
