@@ -234,7 +234,9 @@ class Run:
                     started = None
         if stopping:
             self.save()
-            self.runtime.any_rank(False)  # a launcher kills the other ranks when one ends, and rank 0 is saving
+        # Ranks leave when rank 0 has written: if one ends badly, the launcher kills the others at once.
+        self.runtime.any_rank(False)
+        if stopping:
             flags = [] if args.resume == args.save_path else ["--resume", str(args.save_path)]
             again = shlex.join(["python", *sys.argv, *flags])
             logger.info("Stopped after step %d; all is saved. Go on with:\n  %s", self.step, again)

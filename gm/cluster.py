@@ -5,6 +5,7 @@ CPU it forms a cluster of the ranks and one more process, the scheduler, of whic
 it, and every rank works out where it is from what mpirun tells all of them.
 """
 
+import atexit
 import ctypes
 import os
 import re
@@ -56,9 +57,10 @@ def join(device):
             _start_scheduler()
         _wait_for_scheduler()
 
-    from mindspore.communication import get_group_size, get_rank, init
+    from mindspore.communication import get_group_size, get_rank, init, release
 
     init()
+    atexit.register(release)  # without it a rank can crash on its way out
     return get_rank(), get_group_size()
 
 
