@@ -77,20 +77,23 @@ def main(versions, *, runs):
         versions: like VERSION2SPECS.
         runs: folder of learned words.
     """
-    st.set_page_config(page_title="Textual inversion", layout="wide")
-    left, right = st.columns([2, 3], gap="large")
-    with left:
-        st.title("Textual inversion")
-        with error_messages():
+    st.set_page_config(page_title="Textual inversion", layout="wide", initial_sidebar_state=440)
+    order, problems = None, []
+    with st.sidebar:
+        with errors_into(problems):
             order = ask(versions, runs)
-    with right:
-        if order is not None:
-            place = st.empty()
-            with error_messages(), place.container():
-                fill(order)
-            place.empty()
-        if drawing := st.session_state.get("drawing"):
-            show(drawing)
+        for text in problems:
+            st.error(plain(text))
+    if order is not None:
+        drawing = st.session_state["drawing"] = Drawing(num_cols=2 if order.instead is not None else 0)
+        place = st.empty()
+        with errors_into(drawing.errors), place.container():
+            fill(drawing, order)
+        place.empty()
+    elif "drawing" not in st.session_state:
+        st.info("Pictures appear here. Write a prompt, choose learned words if you like, and press Draw.")
+    if drawing := st.session_state.get("drawing"):
+        show(drawing)
 
 
 # ---------------------------------------------------------------- what a person asks for
@@ -112,50 +115,49 @@ class Order:
 
 
 def ask(versions, runs):
-    """The left side of the page -> the Order, or None until Draw is pressed.
+    """The side of the page where a person chooses -> the Order, or None until Draw is pressed.
 
     Raises:
         ValueError: what was chosen cannot be drawn.
     """
+    st.header("Textual inversion", anchor=False)
     names = list(versions)
     ready = [name for name in names if find_weights(versions[name])]
     name = st.selectbox("Model", names, index=names.index(ready[0]) if ready else 0)
     spec = versions[name]
     check_spec(name, spec)
 
-    words = find_words(runs, spec["textual_inversion_weight"])
-    own = as_list(spec["textual_inversion_weight"])
-    chosen = st.multiselect(
-        "Learned words", list(words), default=own, format_func=lambda path: words.get(path, path),
-        placeholder="None chosen" if words else f"None found under {runs}/",
-        help=f"Files under {runs}/; training writes them there. Write the word in the prompt.",
+    labels = find_words(runs, spec["textual_inversion_weight"])
+    words = st.multiselect(
+        "Learned words", list(labels), default=as_list(spec["textual_inversion_weight"]),
+        format_func=lambda path: labels.get(path, path),
+        placeholder="None chosen" if labels else f"None found under {runs}/",
+        help=f"Files under {runs}/, where training writes them. Write the words themselves in the prompt.",
     )  # fmt: skip
-    if not set(chosen) <= set(words):
-        raise ValueError("A chosen file of a learned word is gone; reload the page.")
-    tokens = list(dict.fromkeys(token for path in chosen if (token := read_token(path)[0])))
+    tokens = list(dict.fromkeys(token for path in words if (token := read_token(path)[0])))
     if tokens:
         st.markdown("Write in the prompt: " + " ".join(f"`{token}`" for token in tokens))
     compare = bool(tokens) and st.toggle(
         "Compare with and without", help="Each seed twice: with the learned words, and with others instead."
     )
-    picture = None
-    if st.segmented_control("Start from", ["noise", "a picture"], default="noise") == "a picture":
-        picture = ask_picture()
-        if picture is None:
-            st.info("Choose a picture to start from.")
-            return None
-    return ask_form(spec, chosen, tokens if compare else None, picture)
+    start = st.radio("Start from", ["noise", "a picture"], horizontal=True)
+    picture = ask_picture() if start == "a picture" else None
+    order = ask_form(spec, words, tokens if compare else None, picture)
+    if order is not None and start == "a picture" and picture is None:
+        raise ValueError("Choose a picture to start from.")
+    return order
 
 
 def ask_picture():
-    """An uploaded picture as a PIL image, or None until there is one."""
+    """An uploaded picture as a PIL image, or None where there is none that can be used."""
     upload = st.file_uploader("Picture", type=["jpg", "jpeg", "png", "webp", "bmp"])
     if upload is None:
         return None
     try:
         picture = decode_upload(upload.getvalue())
     except ValueError as error:
-        raise ValueError(f"{upload.name} cannot be used: {error}.") from error
+        st.error(plain(f"{upload.name} cannot be used: {error}."))
+        return None
     st.image(picture, width=160)
     return picture
 
@@ -172,34 +174,47 @@ def ask_form(spec, words, compared, picture):
         height, width = sampling.size_like(picture, (height, width))
     default = sampling.SamplingArgs()
     with st.form("order", border=False, enter_to_submit=False):
-        prompt = st.text_area("Prompt", key="prompt", max_chars=MAX_CHARACTERS, help="(word:1.3) weighs words.")
+        prompt = st.text_area("Prompt", key="prompt", max_chars=MAX_CHARACTERS, help="(word:1.3) weighs.")
         negative = st.text_input("Negative prompt", key="negative", max_chars=MAX_CHARACTERS)
         instead = None
         if compared is not None:
-            instead = {token: st.text_input(f"Instead of {plain(token)}", placeholder="nothing, or a word such as cat",
-                                            max_chars=100) for token in compared}  # fmt: skip
-        columns = st.columns(2)
+            hint = "nothing, or a word such as cat"
+            instead = {
+                token: st.text_input(f"Instead of {plain(token)}", placeholder=hint, max_chars=100)
+                for token in compared
+            }
+        columns = st.columns(3)
         side = dict(min_value=sampling.SIDE_MULTIPLE, max_value=MAX_SIDE, step=sampling.SIDE_MULTIPLE)
         width = columns[0].number_input("Width", value=width, **side)
         height = columns[1].number_input("Height", value=height, **side)
+        seed = columns[2].number_input(
+            "Seed", 0, 2**32 - MAX_PICTURES, 42, help="Of the first picture; the next ones count up."
+        )
         sampler = columns[0].selectbox("Sampler", list(sampling.SAMPLERS))
         steps = columns[1].number_input("Steps", 1, MAX_STEPS, default.steps)
-        scale = columns[0].number_input(
-            "Guidance", 0.0, 50.0, default.guidance_scale, step=0.5, help="How closely prompts are kept; 1 is none."
+        scale = columns[2].number_input(
+            "Guidance",
+            0.0,
+            50.0,
+            default.guidance_scale,
+            step=0.5,
+            help="How closely prompts are kept; 1: none.",
         )
-        count = columns[1].number_input("Pictures", 1, MAX_PICTURES, 1)
-        seed = columns[0].number_input(
-            "Seed", 0, 2**32 - 1 - MAX_PICTURES, 42, help="Of the first picture; the next ones count up."
-        )
+        count = columns[0].number_input("Pictures", 1, MAX_PICTURES, 1)
         strength = 1.0
         if picture is not None:
-            strength = columns[1].slider(
+            strength = columns[1].number_input(
                 "Strength", 0.05, 1.0, 0.75, step=0.05, help="How much of the picture is lost."
             )
         if not st.form_submit_button("Draw", type="primary", width="stretch"):
             return None
     args = sampling.SamplingArgs(
-        height=height, width=width, negative_prompt=negative, sampler=sampler, steps=steps, guidance_scale=scale
+        height=height,
+        width=width,
+        negative_prompt=negative,
+        sampler=sampler,
+        steps=steps,
+        guidance_scale=scale,
     )
     return Order(spec, words, prompt, args, seed, count, picture, strength, instead)
 
@@ -210,7 +225,9 @@ def ask_form(spec, words, compared, picture):
 def check_spec(name, spec):
     """ValueError if an entry of VERSION2SPECS is not of the form that is used here."""
     if wrong := set(SPEC_KEYS) ^ set(spec):
-        raise ValueError(f"VERSION2SPECS['{name}'] needs the keys {', '.join(SPEC_KEYS)}; see {', '.join(wrong)}.")
+        raise ValueError(
+            f"VERSION2SPECS['{name}'] must have {', '.join(SPEC_KEYS)}; not so: {', '.join(wrong)}."
+        )
     if spec["is_legacy"]:
         raise ValueError(f"VERSION2SPECS['{name}'] has is_legacy: True; only SDXL models can be drawn with.")
 
@@ -228,8 +245,8 @@ def find_weights(spec):
 def find_words(runs, more):
     """Files of learned words: path -> label. First those of VERSION2SPECS, then a run's newest first."""
     root = Path(runs).resolve()
-    found = {path: read_token(path) for path in map(str, sorted(Path(runs).rglob("*"))) if is_word_file(path, root)}
-    newest = sorted(found, key=lambda path: (str(Path(path).parent), -(found[path][1] or 0)))
+    found = {str(path): read_token(str(path)) for path in Path(runs).rglob("*") if is_word_file(path, root)}
+    newest = sorted(found, key=lambda path: (str(Path(path).parent), -(found[path][1] or 0), path))
     labels = {path: f"{read_token(path)[0] or 'damaged'} · {path}" for path in as_list(more)}
     for path in newest:
         token, step = found[path]
@@ -240,11 +257,9 @@ def find_words(runs, more):
 
 def is_word_file(path, root):
     """Whether a path looks like a learned word and really lies under `root`: links may lead elsewhere."""
-    path = Path(path)
-    second_of_pair = path.stem == "learned_embeds_2"  # diffusers'; its first is read with it
-    return (
-        path.suffix in WORD_SUFFIXES and not second_of_pair and path.is_file() and root in path.resolve().parents
-    )
+    if path.suffix not in WORD_SUFFIXES or path.stem == "learned_embeds_2":  # read with diffusers' first
+        return False
+    return path.is_file() and root in path.resolve().parents
 
 
 def read_token(path):
@@ -282,11 +297,11 @@ class Drawing:
     num_cols: int
     pictures: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
+    errors: list = field(default_factory=list)
 
 
-def fill(order):
-    """Draw what was asked for, showing progress; pictures are kept in the session as they come."""
-    drawing = st.session_state["drawing"] = Drawing(num_cols=2 if order.instead is not None else 0)
+def fill(drawing, order):
+    """Draw what was asked for, showing progress."""
     st.button("Stop")  # any click starts the page's next run; it ends this one, and with it the drawing
     bar = st.progress(0.0, "Waiting for another drawing to end" if lock().locked() else "Loading the model")
     place = st.empty()
@@ -306,19 +321,24 @@ def lock():
 @st.cache_resource(max_entries=1, show_spinner=False)  # one model in memory
 def load_model(config, weights, changed):
     """The engine with its weights; `changed`, the files' times, makes edited files load again."""
-    runtime = start_runtime(flags())
-    use_flash_attention(flags().flash_attention)
-    with parameter_dtype(runtime.dtype):
+    with parameter_dtype(start().dtype):
         engine = build_engine(config)
     load_weights(engine, weights)
     replace_words(engine.conditioner, [], room=ROOM)
     return engine
 
 
-def flags():
-    parser = argparse.ArgumentParser()
+@st.cache_resource(show_spinner=False)
+def start():
+    """MindSpore as the options after the double dash want it -> gm.runtime.Runtime."""
+    parser = argparse.ArgumentParser(prog="streamlit run demo/sampling.py --")
     add_runtime_flags(parser)
-    return runtime_args(parser.parse_args())
+    try:
+        args = runtime_args(parser.parse_args())
+    except SystemExit as error:
+        raise ValueError("The options after -- are wrong; the terminal says which.") from error
+    use_flash_attention(args.flash_attention)
+    return start_runtime(args)
 
 
 def prepare(order):
@@ -331,9 +351,8 @@ def prepare(order):
     spec, args = order.spec, order.args
     weights = find_weights(spec)
     if weights is None:
-        raise FileNotFoundError(
-            f"The weights {' or '.join(as_list(spec['ckpt']))} do not exist; put them there, or choose another model."
-        )
+        names = " or ".join(as_list(spec["ckpt"]))
+        raise FileNotFoundError(f"There are no weights {names}; put them there or choose another model.")
     if not Path(spec["config"]).is_file():
         raise FileNotFoundError(f"The config {spec['config']} does not exist.")
     changed = [Path(path).stat().st_mtime_ns for path in (spec["config"], weights)]
@@ -342,6 +361,9 @@ def prepare(order):
     if sampling.latent_shape(engine, args) != expected:
         raise ValueError(f"C and f in VERSION2SPECS do not fit {spec['config']}.")
 
+    tokens = [read_token(path)[0] for path in order.words]
+    if twice := next((token for token in tokens if token and tokens.count(token) > 1), None):
+        raise ValueError(f"Several of the chosen files hold {twice}; choose one of them.")
     conditioner = engine.conditioner
     replace_words(conditioner, [], room=ROOM)
     words = sampling.read_words(conditioner, order.words)
@@ -352,8 +374,8 @@ def prepare(order):
         parts = tokenizer.encode_weighted([text])[0].shape[1]
         if parts > MAX_PARTS:
             raise ValueError(
-                f"The {name} is too long: it has {len(tokenizer.ids(text))} tokens, which fill {parts} parts of "
-                f"{tokenizer.room}, and at most {MAX_PARTS} are read here. Shorten it."
+                f"The {name} is too long: its {len(tokenizer.ids(text))} tokens fill {parts} parts of "
+                f"{tokenizer.room}, and {MAX_PARTS} at most are read here. Shorten it."
             )
     return engine
 
@@ -367,9 +389,8 @@ def draw(engine, order, report):
     args, tokenizer = order.args, engine.conditioner.text_embedders[0].tokenizer
     texts = [(order.prompt, args)]
     if order.instead is not None:
-        without, negative = (
-            tokenizer.replace_placeholders(text, order.instead) for text in (order.prompt, args.negative_prompt)
-        )
+        negative = tokenizer.replace_placeholders(args.negative_prompt, order.instead)
+        without = tokenizer.replace_placeholders(order.prompt, order.instead)
         texts.append((without, replace(args, negative_prompt=negative)))
     report(0.0, "Preparing; the first picture of a size takes longer, as its networks are compiled")
     part, made_with = sampling.WHOLE, {"task": "txt2img", "weight": Path(find_weights(order.spec)).name}
@@ -397,7 +418,9 @@ def draw(engine, order, report):
 
 
 def show(drawing):
-    """Warnings, pictures, and all that can be downloaded."""
+    """Messages, pictures, and all that can be downloaded."""
+    for text in drawing.errors:
+        st.error(plain(text))
     for text in drawing.warnings:
         st.warning(plain(text))
     if not drawing.pictures:
@@ -407,9 +430,10 @@ def show(drawing):
     for i, picture in enumerate(pictures):
         with columns[i % len(columns)]:
             png = sampling.encode_png(picture.pixels, picture.text)
-            st.image(png, caption=plain(f"{picture.prompt}, seed {picture.seed}"), width="stretch")
-            st.download_button("PNG", png, f"{i + 1:02d}_seed{picture.seed}.png", key=f"png{i}", on_click="ignore",
-                               help="With prompt, seed and settings in it.")  # fmt: skip
+            caption = plain(f"{picture.prompt}, seed {picture.seed}")
+            st.image(png, caption=caption, width="stretch", output_format="PNG")
+            name = f"{i + 1:02d}_seed{picture.seed}.png"
+            st.download_button("PNG", png, name, key=name, on_click="ignore", help="Its settings are in it.")
     settings = [{**picture.text, "settings": json.loads(picture.text["settings"])} for picture in pictures]
     with st.container(horizontal=True):
         text = json.dumps(settings, ensure_ascii=False, indent=2)
@@ -428,15 +452,16 @@ def grid_of(drawing):
 
 
 @contextmanager
-def error_messages():
-    """What a person can do something about becomes a message on the page, not a traceback."""
+def errors_into(texts):
+    """What a person can do something about becomes a message, not a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        st.error(plain(str(error)))
+        texts.append(str(error))
     except (RuntimeError, MemoryError) as error:
         logging.getLogger("sampling").exception("drawing failed")
-        st.error(plain(f"MindSpore could not compute this: {next(iter(str(error).splitlines()), 'no memory')}"))
+        reason = next(iter(str(error).splitlines()), "not enough memory")
+        texts.append(f"MindSpore could not compute this: {reason}")
 
 
 @contextmanager
