@@ -410,6 +410,7 @@ def draw(engine, order, report):
         latents = sampling.draw_latents(
             engine, conditions[i % len(texts)], [seed], args, part=part, callback=step_done
         )
+        report((i + 1) / total, f"Picture {i + 1} of {total}, decoding")
         pixels = sampling.decode(engine, latents)[0]
         yield Picture(prompt, seed, pixels, sampling.png_text(prompt, seed, args, made_with))
 

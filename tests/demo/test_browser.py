@@ -25,7 +25,7 @@ from gm.training.args import VERSIONS
 from tests.tiny import CONFIGS, write_tiny_weights
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 40  # seconds: the first picture waits for MindSpore to start and compile
+PATIENCE = 120  # seconds: the first picture waits for MindSpore to start and compile
 PAGE = """
 import sys
 sys.path.insert(0, {root!r})
@@ -68,11 +68,19 @@ class Site:
         self.labelled(label).send_keys(Keys.CONTROL, "a")
         self.labelled(label).send_keys(text)
 
-    def click(self, text, kind="button"):
-        def find():
+    def find(self, text, kind):
+        def found():
             return next((e for e in self.all(kind) if text in e.text and e.is_displayed()), None)
 
-        self.wait(find, f"no {kind} {text}").click()
+        return self.wait(found, f"no {kind} {text}")
+
+    def click(self, text, kind="button"):
+        self.find(text, kind).click()
+
+    def press(self, text):
+        """Press a button by the keyboard: while the page still moves, a mouse may miss it."""
+        self.settle()
+        self.find(text, "button").send_keys(Keys.ENTER)
 
     def choose(self, label, option):
         """Open a list and pick the entry that contains a text."""
@@ -95,8 +103,7 @@ class Site:
     def draw(self):
         """Press Draw -> the pictures, other ones than before, as PIL images with their metadata."""
         before = self.pictures()
-        self.settle()
-        self.click("Draw")
+        self.press("Draw")
 
         def are_new():
             return "Settings (JSON)" in self.text() and self.pictures() != before and self.at_rest()
@@ -106,8 +113,7 @@ class Site:
 
     def refuses(self, text):
         """Press Draw and wait for an error with this text, and no picture."""
-        self.settle()
-        self.click("Draw")
+        self.press("Draw")
         self.shows_error(text)
         assert not self.pictures()
 
