@@ -27,10 +27,11 @@ from tools.small_world.concepts import control_words, find_concept, judge, promp
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = VERSIONS["SDXL-small"]
 DATA, WORD = "cat_toy", "<cat-toy>"
-TOTAL_STEP = 400
+TOTAL_STEP = 300
 SEED = 42  # of training and previews
 SEEDS = range(42, 45)  # of the pictures of a prompt
-PREVIEWS = tuple(f"{start} {WORD}" for start in ("a photo of a", "a picture of the", "a print of a", "the"))
+ENDINGS = ("", " on a white background", " in the style of outline")
+PREVIEWS = (*(f"a photo of a {WORD}{ending}" for ending in ENDINGS), f"a photo of a small {WORD}")
 
 
 def main(argv=None, *, run=subprocess.run):
