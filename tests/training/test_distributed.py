@@ -61,12 +61,15 @@ class Job:
         while not (result := condition()):
             assert time.monotonic() < end, self.output()
             assert self.processes() or condition(), self.output()
-            time.sleep(0.1)
+            time.sleep(0.3)
         return result
 
     def wait_until_gone(self):
         """Wait until nothing of the job runs any more, and return the command's exit status."""
-        self.wait_until(lambda: self.process.poll() is not None and not self.processes(), limit=LIMIT)
+        end = time.monotonic() + LIMIT
+        while self.process.poll() is None or self.processes():
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.3)
         return self.process.returncode
 
 
@@ -149,7 +152,7 @@ def test_training_with_two_ranks_under_both_launchers(tmp_path):
     command = train_command(tmp_path, second, *flags)
     with msrun(*command, log=tmp_path / "second.log", options=("--join", "True")) as job:
         path = job.wait_until(lambda: learned(second, stopped_at))
-        (other,) = job.processes(RANK_ID="1", MS_ROLE="MS_WORKER")
+        other = job.processes(RANK_ID="1", MS_ROLE="MS_WORKER")[0]  # the second is msrun's tail of its log
         other.kill()
         assert job.wait_until_gone() != 0
         assert "Error code: -9" in job.output()
