@@ -249,3 +249,14 @@ def test_a_short_prompt_has_the_same_ids_for_training_and_for_sampling(tokenizer
     tokenizer.add_placeholder("<cat>", 2)
     prompts = ["a photo of <cat>, on the beach", ""]
     np.testing.assert_array_equal(tokenizer.encode_weighted(prompts)[0], tokenizer.encode(prompts))
+
+
+def test_other_words_in_place_of_learned_ones(tokenizer):
+    tokenizer.add_placeholder("<cat>", 2)
+    tokenizer.add_placeholder("<dog>", 1)
+    assert tokenizer.replace_placeholders("A <CAT>, a <dog>  <bird>", {"<Cat>": r"\1 toy", "<dog>": ""}) == (
+        r"a \1 toy, a <bird>"
+    )
+    assert tokenizer.replace_placeholders("a <cat>", {}) == "a <cat>"
+    tokenizer.clear_placeholders()
+    assert tokenizer.replace_placeholders("a <cat>", {"<cat>": "toy"}) == "a <cat>"

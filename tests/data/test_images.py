@@ -337,3 +337,14 @@ def test_a_hundred_megapixels_are_no_bomb(tmp_path):
         warnings.simplefilter("error")
         (picture,) = images.scan_folder(tmp_path)
     assert picture.size == (10_000, 10_000)
+
+
+def test_bytes_from_anyone_are_a_picture_or_an_error(tmp_path):
+    save(tmp_path / "a.png", corners())
+    data = (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(np.asarray(images.decode_picture(data)), rgb(tmp_path / "a.png"))
+    for bad in (b"", b"GIF89a", data[: len(data) // 2], data[:20]):
+        with pytest.raises(ValueError, match=r"\w"):
+            images.decode_picture(bad)
+    with pytest.raises(ValueError, match="megapixels; save it smaller"):
+        images.decode_picture(data, max_pixels=40 * 60 - 1)

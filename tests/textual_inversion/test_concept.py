@@ -8,7 +8,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from gm.conditioning.tokenizer import Tokenizer
-from gm.textual_inversion.concept import add_concept, check_num_vectors, vocabulary_norms
+from gm.textual_inversion.concept import add_concept, check_num_vectors, replace_words, vocabulary_norms
 from tests.tiny import TINY, TOKENIZER, VOCAB
 from tests.tiny_text import sizes, tiny_conditioner
 
@@ -159,3 +159,28 @@ def test_norms_of_the_vocabulary(conditioner):
         embedder.token_embedding.weight.set_data(Tensor(table))
     expected = [(2 * width**0.5, width**0.5) for width in WIDTHS]
     np.testing.assert_allclose(vocabulary_norms(conditioner), expected, rtol=1e-5)
+
+
+def encoded(conditioner, prompt):
+    return conditioner.encode({"txt": [prompt], **sizes(1)})[1]
+
+
+def test_words_are_replaced_without_compiling_again(conditioner):
+    replace_words(conditioner, [], room=4)
+    compiled = encoded(conditioner, "a <cat>"), len(conditioner.compile_cache)
+    seen = [compiled[0]]
+    for words in ([("<cat>", given(2, 0.5))], [("<dog>", given(1, 2.0)), ("<cat>", given(3, 0.25))], []):
+        replace_words(conditioner, words, room=4)
+        seen.append(encoded(conditioner, "a <cat>"))
+        alone = tiny_conditioner(max_length=12)
+        for token, rows in words:
+            add_concept(alone, token=token, initializer=rows)
+        np.testing.assert_allclose(seen[-1], encoded(alone, "a <cat>"), atol=1e-5)
+    assert len(conditioner.compile_cache) == compiled[1]
+    assert not np.allclose(seen[1], seen[2], atol=1e-3)
+    np.testing.assert_array_equal(seen[0], seen[3])
+
+
+def test_more_vectors_than_there_is_room_for_are_refused(conditioner):
+    with pytest.raises(ValueError, match="5 vectors together, and there is room for 4"):
+        replace_words(conditioner, [("<cat>", given(2)), ("<dog>", given(3))], room=4)
