@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -478,9 +478,8 @@ def publish(net, folder, root):
     scale = load_averages(net, folder, "diffusion")["scale"]
     weights = {n: p.detach().half().contiguous() for n, p in net.state_dict().items()}
     path = Path(root) / WEIGHTS
-    beside = path.with_suffix(".tmp")
-    save_file(weights, beside, metadata={"modelspec.architecture": "sd_xl_small"})
-    os.replace(beside, path)
+    with atomic_file(path) as file:
+        file.write(safetensors.torch.save(weights))
     for name in CONFIGS:
         text = (Path(root) / name).read_text()
         (Path(root) / name).write_text(re.sub(r"(?m)^(    scale_factor:) .*$", rf"\1 {scale}", text))
