@@ -1,8 +1,8 @@
 """Processes that train together: how they join MindSpore's collectives under mpirun and msrun.
 
-`mindspore.communication.init()` does the work. Under msrun, and under mpirun on Ascend, it needs nothing else. On a
-CPU it forms a cluster of the ranks and one more process, the scheduler, of which mpirun knows nothing: rank 0 starts
-it, and every rank works out where it is from what mpirun tells all of them.
+`mindspore.communication.init()` does the work. Under msrun, and under mpirun on Ascend, it needs nothing
+else. On a CPU it forms a cluster of the ranks and one more process, the scheduler, of which mpirun knows
+nothing: rank 0 starts it, and every rank works out where it is from what mpirun tells all of them.
 """
 
 import atexit
@@ -67,8 +67,8 @@ def join(device):
 def cluster_variables(env):
     """What MindSpore's dynamic cluster asks of a worker, from what Open MPI tells its ranks.
 
-    MS_SCHED_HOST and MS_SCHED_PORT are kept where given. Otherwise the scheduler is on the machine of mpirun, at a
-    port that follows from the job's name.
+    MS_SCHED_HOST and MS_SCHED_PORT are kept where given. Otherwise the scheduler is on the machine of mpirun,
+    at a port that follows from the job's name.
 
     Args:
         env: environment variables, name -> value.
@@ -111,14 +111,15 @@ def _start_scheduler():
             trial.bind((host, int(port)))
     except OSError as e:
         raise ValueError(
-            f"the scheduler cannot listen at {host}:{port} ({e.strerror}). Give the address of the first rank's "
-            "machine and a free port: mpirun -x MS_SCHED_HOST=<address> -x MS_SCHED_PORT=<port> ..."
+            f"the scheduler cannot listen at {host}:{port} ({e.strerror}). Give the address of the first "
+            "rank's machine and a free port: mpirun -x MS_SCHED_HOST=<address> -x MS_SCHED_PORT=<port> ..."
         ) from e
-    # Its input ends when rank 0 does, however that comes about. A session of its own keeps signals for the ranks
-    # away from it: they need it until they have saved.
+    # Its input ends when rank 0 does, however that comes about. A session of its own keeps signals for the
+    # ranks away from it: they need it until they have saved.
+    timeout = os.environ.get("MS_NODE_TIMEOUT", str(NODE_TIMEOUT))
     subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "MS_ROLE": "MS_SCHED", "MS_NODE_TIMEOUT": os.environ.get("MS_NODE_TIMEOUT", str(NODE_TIMEOUT))},
+        env={**os.environ, "MS_ROLE": "MS_SCHED", "MS_NODE_TIMEOUT": timeout},
     )  # fmt: skip
 
 
@@ -133,8 +134,8 @@ def _wait_for_scheduler():
         except OSError:
             time.sleep(0.1)
     raise ValueError(
-        f"no scheduler answers at {host}:{port}; is that the address of the first rank's machine, and can this one "
-        "reach the port? Set both with mpirun -x MS_SCHED_HOST=<address> -x MS_SCHED_PORT=<port> ..."
+        f"no scheduler answers at {host}:{port}; is that the address of the first rank's machine, and can "
+        "this one reach the port? Set both with mpirun -x MS_SCHED_HOST=<address> -x MS_SCHED_PORT=<port> ..."
     )
 
 
@@ -143,7 +144,7 @@ def _signal_when_parent_dies(number):
 
 
 def _watch_scheduler():
-    """Run MindSpore's scheduler, and end it where rank 0 cannot. (Its own process holds the interpreter's lock.)"""
+    """Run MindSpore's scheduler, and end it where rank 0 cannot. (No thread of it would get to run.)"""
     code = "import mindspore; mindspore.set_device('CPU'); from mindspore.communication import init; init()"
     scheduler = subprocess.Popen(
         [sys.executable, "-c", code], preexec_fn=lambda: _signal_when_parent_dies(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: three updates, each rank from data of its own; then it waits for its end."""
+"""One rank of test_distributed.py: three updates, each rank from data of its own; then it waits."""
 
 import json
 import time
