@@ -15,10 +15,10 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from importlib import metadata
 
 import numpy as np
 import PIL
-from mindspore import __version__ as mindspore_version
 from omegaconf import OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -175,7 +175,7 @@ def write_settings(args, identity, runtime):
     """config.yaml, as resolved, and run.json: settings and versions."""
     if not runtime.is_main:
         return
-    versions = {"python": sys.version.split()[0], "mindspore": mindspore_version, "numpy": np.__version__}
+    versions = {"python": sys.version.split()[0], "mindspore": metadata.version("mindspore"), "numpy": np.__version__}
     facts = {**identity, "command": shlex.join(sys.argv), "versions": {**versions, "Pillow": PIL.__version__}}
     for name, text in (
         ("config.yaml", OmegaConf.to_yaml(args.config)),
