@@ -1,6 +1,5 @@
 """DiffusionEngine: the whole SDXL in one cell, whose attribute chains are the original checkpoint's keys."""
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 

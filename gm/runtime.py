@@ -51,7 +51,7 @@ def add_runtime_flags(parser):
                        help="0: graph mode, compiled; 1: PyNative, for debugging (default 0)")  # fmt: skip
     group.add_argument("--jit_level", choices=("O0", "O1", "O2"), default=None, help="MindSpore's graph optimisation")
     group.add_argument("--ms_amp_level", choices=AMP_LEVELS, default=default.ms_amp_level,
-                       help="O0: float32, O2: float16 with a float32 autoencoder (default: O2 on Ascend, O0 on CPU)")  # fmt: skip
+                       help="O0: float32, O2: float16, autoencoder float32 (default: O2 on Ascend)")  # fmt: skip
     group.add_argument("--flash_attention", type=flag, default=False, help="Ascend's fused attention (default False)")
     group.add_argument("--seed", type=int, default=default.seed, help=f"default {default.seed}")
     return group

@@ -78,7 +78,8 @@ def machine():
     if has_ascend():
         yield Finding(OK, f"{ms.hal.device_count('Ascend')} Ascend devices")
     else:
-        yield Finding(NOTE, "no Ascend device: everything runs on the CPU", "for Ascend, install CANN and source its set_env.sh")
+        advice = "for Ascend, install CANN and source its set_env.sh"
+        yield Finding(NOTE, "no Ascend device: everything runs on the CPU", advice)
 
 
 def memory():

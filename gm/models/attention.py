@@ -133,7 +133,8 @@ class _AttentionRows(nn.Cell):
         qs, outs, douts = split(q), split(out), split(dout)
         dqs, dk, dv = (), None, None
         for i in range(chunks):
-            dq_i, dk_i, dv_i = self.gradients(ops.depend(qs[i], douts[i] if i == 0 else dqs[-1]), k, v, outs[i], douts[i])
+            part = ops.depend(qs[i], douts[i] if i == 0 else dqs[-1])
+            dq_i, dk_i, dv_i = self.gradients(part, k, v, outs[i], douts[i])
             dqs += (dq_i,)
             dk, dv = (dk_i, dv_i) if i == 0 else (dk + dk_i, dv + dv_i)
         return ops.concat(dqs, 1), dk, dv

@@ -15,8 +15,8 @@ where a parameter is kept in another shape than in the file, `file_layouts` says
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import mindspore as ms
 import numpy as np
@@ -153,7 +153,7 @@ def _repeat(x, length):
     return ops.bmm(ops.cast(ones(x.shape[0], length, 1), x.dtype), x)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _filled(shape, value):
     return Tensor(np.full(shape, value, np.float32))
 
@@ -205,7 +205,7 @@ def _num_bands(b, h, w, c, kernel, stride):
     return min(-(-4 * b * h * w * c * kernel**2 // MAX_WINDOW_BYTES), h)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gather_table(kind, *sizes):
     """The index of a gather, and the index of its transpose: for each row, where it went (padded to one width)."""
     index = {"windows": _conv_windows, "doubled": _doubled, "lines": _lines}[kind](*sizes)
@@ -472,7 +472,7 @@ class GroupNorm(nn.Cell):
         return ops.cast(y, x.dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _average_over_group(channels, num_groups):
     """(C, C): averages the channels of a group and hands the average to each of them. One for all norms of a width."""
     size = channels // num_groups

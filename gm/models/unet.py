@@ -218,7 +218,7 @@ class UNetModel(nn.Cell):
             transformer_depth = [transformer_depth] * levels
         if len(transformer_depth) != levels:
             raise ValueError(
-                f"UNetModel: transformer_depth has {len(transformer_depth)} entries for {levels} levels of channel_mult."
+                f"UNetModel: transformer_depth has {len(transformer_depth)} entries, channel_mult {levels} levels."
             )
         emb_channels = 4 * model_channels
         self.time_sinusoid = Sinusoid(model_channels)
@@ -231,7 +231,7 @@ class UNetModel(nn.Cell):
 
         def transformer(channels, level):
             if channels % num_head_channels:
-                raise ValueError(f"UNetModel: num_head_channels {num_head_channels} does not divide {channels} channels.")
+                raise ValueError(f"UNetModel: {channels} channels are no multiple of {num_head_channels} a head.")
             heads, depth = channels // num_head_channels, transformer_depth[level]
             return SpatialTransformer(channels, context_dim, heads, depth, norm_num_groups)
 

@@ -100,7 +100,8 @@ def _check_initializer(args, engine):
 
 
 def _check_sizes(args, engine):
-    levels = len([block for block in engine.model.diffusion_model.input_blocks if block.takes == ("map",)]) - 1  # conv_in
+    blocks = engine.model.diffusion_model.input_blocks
+    levels = sum(block.takes == ("map",) for block in blocks) - 1  # the first of them is the input's convolution
     multiple = engine.first_stage_model.downsampling * 2**levels
     if any(side < multiple or side % multiple for side in args.data.size):
         raise ValueError(f"data.target_size {args.data.size}: both sides must be multiples of {multiple} pixels.")
