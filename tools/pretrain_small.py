@@ -41,7 +41,7 @@ from gm.diffusion.denoiser import DiscreteDenoiser, EpsScaling  # noqa: E402
 from gm.diffusion.discretizer import LegacyDDPMDiscretization  # noqa: E402
 from gm.diffusion.guiders import VanillaCFG  # noqa: E402
 from gm.diffusion.loss import StandardDiffusionLoss  # noqa: E402
-from gm.diffusion.samplers import EulerEDMSampler  # noqa: E402
+from gm.diffusion.samplers import EulerEDMSampler, noise_streams  # noqa: E402
 from tools.small_world.captions import caption, full_caption, gate_attributes  # noqa: E402
 from tools.small_world.draw import contact_sheet  # noqa: E402
 from tools.small_world.renderer import SIDE, pretraining_scene, render, sample_scene  # noqa: E402
@@ -224,11 +224,15 @@ class Stage:
         while self.done < self.settings.steps:
             losses.append(self.step())
             if not np.isfinite(losses[-1]):
-                raise FloatingPointError(f"The loss is {losses[-1]} at step {self.done}; {self.path} holds the last good state.")
+                raise FloatingPointError(f"Loss {losses[-1]} at step {self.done}; {self.path} is the last good state.")
             if self.done % log_every == 0:
-                pace = self.settings.batch * len(losses) / (time.time() - since)
-                self.log(loss=round(float(np.mean(losses)), 5), per_s=round(pace, 1),
-                         cpu_s=round(time.process_time() - cpu, 1), lr=round(self.settings.lr_at(self.done), 6))  # fmt: skip
+                numbers = {
+                    "loss": float(np.mean(losses)),
+                    "per_s": self.settings.batch * len(losses) / (time.time() - since),
+                    "cpu_s": time.process_time() - cpu,
+                    "lr": self.settings.lr_at(self.done),
+                }
+                self.log(**{name: float(f"{value:.4g}") for name, value in numbers.items()})
                 losses, since, cpu = [], time.time(), time.process_time()
             last = self.done == self.settings.steps
             if last or time.time() - saved > SAVE_SECONDS:
@@ -346,7 +350,7 @@ class DiffusionStage(Stage):
     prefixes = ("model.", "conditioner.")
     noises = 4  # noise draws a picture: text is the dearer half at these widths
 
-    def __init__(self, net, folder, settings, *, device="cpu", pictures=20000, tokenizer_path=None, vae_stage=None):
+    def __init__(self, net, folder, settings, *, device="cpu", pictures=20000, tokenizer_path=None):
         super().__init__(net, folder, settings, device=device)
         vae_steps = load_averages(net, folder, "vae")["done"]
         self.tokenizers = [
@@ -431,22 +435,24 @@ class DiffusionStage(Stage):
                 args = (torch.from_numpy(a).to(self.device) for a in (x, t, c["crossattn"], c["vector"]))
                 return self.net.model.diffusion_model(*args).float().cpu().numpy()
 
-            shape = (4, *self.moments.shape[2:])
-            noise = np.stack([np.random.default_rng((seed, start + i)).standard_normal(shape) for i in range(len(texts))])
-            z = self.sampler(lambda *a: self.denoiser(network, *a), noise.astype(np.float32), cond, uc)
-            pictures.append(to_pixels(self.net.first_stage_model.decode(torch.from_numpy(z / self.scale).to(self.device))))
+            seeds = [(seed, start + i) for i in range(len(texts))]
+            noise = noise_streams(seeds, (4, *self.moments.shape[2:]))()
+            z = self.sampler(lambda *a: self.denoiser(network, *a), noise, cond, uc) / self.scale
+            pictures.append(to_pixels(self.net.first_stage_model.decode(torch.from_numpy(z).to(self.device))))
         return np.concatenate(pictures)
 
     def scores(self, number=64):
         attributes = gate_attributes(number, seed=2)
         pictures = self.sample([full_caption(a) for a in attributes])
         contact_sheet(pictures).save(self.folder / "diffusion.png")
-        return {"samples": self.done * self.settings.batch, "gate": {k: round(v, 3) for k, v in accuracy(pictures, attributes).items()}}
+        shares = {k: round(v, 3) for k, v in accuracy(pictures, attributes).items()}
+        return {"samples": self.done * self.settings.batch, "gate": shares}
 
 
 def _lengths(net):
     clip, open_clip = net.conditioner.embedders
-    return len(clip.transformer.text_model.embeddings.position_embedding.weight), len(open_clip.model.positional_embedding)
+    tables = clip.transformer.text_model.embeddings.position_embedding.weight, open_clip.model.positional_embedding
+    return [len(table) for table in tables]
 
 
 def scale_factor(moments):

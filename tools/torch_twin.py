@@ -8,6 +8,7 @@ the original SDXL file: a state dict of `SmallSDXL` is a checkpoint. tests/tools
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -274,11 +275,9 @@ class UNetModel(nn.Module):
 
     def __init__(
         self, *, in_channels, out_channels, model_channels, attention_resolutions, num_res_blocks, channel_mult,
-        transformer_depth, num_head_channels, context_dim, adm_in_channels, norm_num_groups=32, num_classes="sequential",
-        use_linear_in_transformer=True,
+        transformer_depth, num_head_channels, context_dim, adm_in_channels, norm_num_groups=32,
     ):  # fmt: skip
         super().__init__()
-        assert num_classes == "sequential" and use_linear_in_transformer
         self.model_channels = model_channels
         emb = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -300,8 +299,9 @@ class UNetModel(nn.Module):
         blocks = [_Block(_FirstConv(in_channels, ch, 3, padding=1))]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                blocks.append(_Block(*with_attention([res_block(ch, mult * model_channels)], mult * model_channels, level)))
-                ch = mult * model_channels
+                out = mult * model_channels
+                blocks.append(_Block(*with_attention([res_block(ch, out)], out, level)))
+                ch = out
                 skips.append(ch)
             if level < len(channel_mult) - 1:
                 blocks.append(_Block(_Downsample(ch)))
@@ -424,7 +424,7 @@ class _OpenCLIPLayer(nn.Module):
 
 
 class OpenCLIPEmbedder(nn.Module):
-    """Text encoder 2: ids (B, L) -> penultimate states (B, L, width), pooled (B, embed_dim) at the first end of text."""
+    """Text encoder 2: ids (B, L) -> penultimate states (B, L, width), and (B, embed_dim) at the first end of text."""
 
     def __init__(self, *, width, layers, heads, embed_dim, vocab_size, max_length):
         super().__init__()
@@ -486,21 +486,15 @@ def initialise(net, *, generator):
     Branches end near zero, so that each residual block starts as its skip connection. Token rows are small, as
     CLIP's are: the layers' norms make them large, and learned rows live at the same scale.
     """
-    last_of_branch = ("conv2", "attn_1.proj_out", "out_layers.3", ".proj_out", "out.2", "quant_conv")
+    last_of_branch = re.compile(r"conv2|out_layers\.3|proj_out|\.out\.2").search
+    inside_branch = re.compile(r"out_proj|fc2|c_proj|to_out|ff\.net\.2").search
+    norms = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))}
     for name, parameter in sorted(net.named_parameters()):
         if "embedding" in name:
             parameter.normal_(0, 0.01 if "position" in name else 0.02, generator=generator)
         elif parameter.ndim == 1:
-            parameter.fill_(float("norm" in name or ".ln_" in name or _is_group_norm(net, name)) * name.endswith("weight"))
+            parameter.fill_(float(name in norms))
         else:
             fan_in = parameter.shape[0] if name.endswith("text_projection") else parameter[0].numel()
-            gain = 1.0
-            if name.removesuffix(".weight").endswith(last_of_branch) and "quant_conv" not in name:
-                gain = 0.1
-            elif "out_proj" in name or "fc2" in name or "c_proj" in name or "to_out" in name or "ff.net.2" in name:
-                gain = 0.5
+            gain = 0.1 if last_of_branch(name) else 0.5 if inside_branch(name) else 1.0
             parameter.normal_(0, gain / math.sqrt(fan_in), generator=generator)
-
-
-def _is_group_norm(net, name):
-    return isinstance(net.get_submodule(name.rpartition(".")[0]), (nn.GroupNorm, nn.LayerNorm))
