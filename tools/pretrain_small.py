@@ -6,7 +6,8 @@
 
 Everything lives in the state folder: weights, averages, optimizer, a log of losses and scores (log.jsonl). A stage
 saves every two minutes and continues where it was stopped; a resumed run equals one that never stopped. `publish`
-writes checkpoints/sd_xl_small.safetensors and the scale factor in the two YAML files. Needs PyTorch
+writes checkpoints/sd_xl_small.safetensors and the scale factor in the two YAML files; `restore` begins a new state
+folder from them, so that training can go on where that of another machine ended. Needs PyTorch
 (see torch_twin.py); a GPU is used where --device says so. Two processes of one thread share a batch better than one
 process of two threads, above all on a busy machine:
 
@@ -492,6 +493,21 @@ def publish(net, folder, root):
     print(f"{path}: {len(weights)} tensors, {path.stat().st_size / 1e6:.1f} MB, scale_factor {scale}")
 
 
+def restore(net, folder, root):
+    """Begin a new state folder with the published weights; optimizers start afresh.
+
+    Raises:
+        ValueError: the folder has a state already.
+    """
+    net.load_state_dict(safetensors.torch.load_file(Path(root) / WEIGHTS))
+    for kind in (VAEStage, DiffusionStage):
+        if (Path(folder) / f"{kind.name}.pt").exists():
+            raise ValueError(f"{folder} has a state of the stage '{kind.name}'; choose another --state.")
+        stage = kind.__new__(kind)
+        Stage.__init__(stage, net, folder, Settings(steps=0, batch=0, lr=0.0))
+        stage.save()
+
+
 def build(root=ROOT, *, seed=0, device="cpu"):
     params = yaml.safe_load((Path(root) / CONFIG).read_text())["model"]["params"]
     net = SmallSDXL(params)
@@ -501,7 +517,7 @@ def build(root=ROOT, *, seed=0, device="cpu"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("vae", "diffusion", "publish"))
+    parser.add_argument("stage", choices=("vae", "diffusion", "publish", "restore"))
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sdxl_small_pretrain"
     parser.add_argument("--state", type=Path, default=default, help=f"folder of the state (default {default})")
     parser.add_argument("--steps", type=int, help="of the whole stage, those done before included")
@@ -515,11 +531,11 @@ def main():
     parser.add_argument("--device", default="cpu", help="or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if "RANK" in os.environ and args.stage != "publish":
+    if "RANK" in os.environ:
         dist.init_process_group("gloo")
     net = build(seed=args.seed, device=args.device)
-    if args.stage == "publish":
-        return publish(net, args.state, ROOT)
+    if args.stage in ("publish", "restore"):
+        return {"publish": publish, "restore": restore}[args.stage](net, args.state, ROOT)
     stage_type, steps, batch, lr, pictures = {
         "vae": (VAEStage, 12000, 16, 2e-3, 8000),
         "diffusion": (DiffusionStage, 60000, 64, 2e-3, 20000),

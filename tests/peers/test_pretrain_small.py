@@ -18,6 +18,7 @@ from tools.pretrain_small import (
     VAEStage,
     orthogonalise,
     publish,
+    restore,
     scale_factor,
 )
 from tools.torch_twin import SmallSDXL, initialise
@@ -186,7 +187,7 @@ def _tensor(array):
     return ms.Tensor(array)
 
 
-def test_publish_writes_averaged_half_precision_weights_and_the_scale_factor(tmp_path):
+def test_publish_writes_averaged_half_precision_weights_that_restore_continues(tmp_path):
     for name in (*CONFIGS, WEIGHTS):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     for name in CONFIGS:
@@ -204,3 +205,10 @@ def test_publish_writes_averaged_half_precision_weights_and_the_scale_factor(tmp
     for name in CONFIGS:
         written = yaml.safe_load((tmp_path / name).read_text())["model"]["params"]["scale_factor"]
         assert written == trained.scale
+    restore(toy_net(seed=6), tmp_path / "anew", tmp_path)
+    anew = stage(DiffusionStage, tmp_path / "anew")
+    assert anew.done == 0
+    for name, average in trained.optimizer.average.items():
+        assert torch.equal(anew.named[name].detach(), average.half().float()), name
+    with pytest.raises(ValueError, match="choose another --state"):
+        restore(toy_net(), state, tmp_path)
