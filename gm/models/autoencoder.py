@@ -11,7 +11,7 @@ from gm.models.layers import (
     Conv2d,
     GroupNorm,
     SiLU,
-    Upsample2x,
+    Upsample,
     from_feature_map,
     from_tokens,
     parameter_dtype,
@@ -73,16 +73,6 @@ class Downsample(nn.Cell):
 
     def construct(self, x):
         return self.conv(x)
-
-
-class Upsample(nn.Cell):
-    def __init__(self, channels):
-        super().__init__()
-        self.enlarge = Upsample2x()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def construct(self, x):
-        return self.conv(self.enlarge(x))
 
 
 class DownLevel(nn.Cell):

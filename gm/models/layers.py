@@ -370,6 +370,18 @@ class Conv2d(nn.Cell):
         }
 
 
+class Upsample(nn.Cell):
+    """A feature map enlarged by two, then a 3x3 convolution, as in the UNet and the autoencoder."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.enlarge = Upsample2x()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def construct(self, x):
+        return self.conv(self.enlarge(x))
+
+
 class Embedding(nn.Cell):
     """Rows of a table: ids (...) int32 -> (..., width). weight: (num_embeddings, width)."""
 

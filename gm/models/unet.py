@@ -15,7 +15,7 @@ from gm.models.layers import (
     Linear,
     SiLU,
     Sinusoid,
-    Upsample2x,
+    Upsample,
     add_per_sample,
     concat_channels,
     from_feature_map,
@@ -134,18 +134,6 @@ class Downsample(nn.Cell):
 
     def construct(self, x):
         return self.op(x)
-
-
-class Upsample(nn.Cell):
-    takes = "map"
-
-    def __init__(self, channels):
-        super().__init__()
-        self.enlarge = Upsample2x()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def construct(self, x):
-        return self.conv(self.enlarge(x))
 
 
 class Block(nn.SequentialCell):
