@@ -29,8 +29,8 @@ from gm.config import build_engine
 from gm.data.batches import Batches
 from gm.data.images import make_views, scan_folder
 from gm.data.latents import encode_pictures
-from gm.models.attention import use_flash_attention
 from gm.models.layers import parameter_dtype
+from gm.models.native import use_flash_attention
 from gm.runtime import describe, start_runtime
 from gm.sampling import SamplingArgs
 from gm.textual_inversion.concept import add_concept, vocabulary_norms

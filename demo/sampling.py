@@ -28,8 +28,8 @@ from gm import sampling  # noqa: E402
 from gm.checkpoint import load_weights  # noqa: E402
 from gm.config import build_engine  # noqa: E402
 from gm.data.images import decode_picture  # noqa: E402
-from gm.models.attention import use_flash_attention  # noqa: E402
 from gm.models.layers import parameter_dtype  # noqa: E402
+from gm.models.native import use_flash_attention  # noqa: E402
 from gm.runtime import add_runtime_flags, runtime_args, start_runtime  # noqa: E402
 from gm.textual_inversion.concept import replace_words  # noqa: E402
 from gm.textual_inversion.embedding_file import read_embedding  # noqa: E402

@@ -24,8 +24,8 @@ from gm import sampling  # noqa: E402
 from gm.checkpoint import load_weights, open_fitting  # noqa: E402
 from gm.config import build_engine, load_config  # noqa: E402
 from gm.data.images import read_picture  # noqa: E402
-from gm.models.attention import use_flash_attention  # noqa: E402
 from gm.models.layers import parameter_dtype  # noqa: E402
+from gm.models.native import use_flash_attention  # noqa: E402
 from gm.runtime import add_runtime_flags, describe, flag, runtime_args, start_runtime  # noqa: E402
 
 logger = logging.getLogger("sampling")

@@ -72,7 +72,7 @@ def load_weights(net, path):
         layouts.items(), desc=f"Loading {Path(path).name}", unit=" tensors", leave=False
     ):
         parameter = parameters[name]
-        values = layout.pack(tensors[name].astype(_numpy_dtype(parameter)).read())
+        values = layout.pack(tensors[name].astype(layout.dtype).read())
         # from_numpy and set_data keep this very array: weights are never there twice.
         parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(values)))
 
@@ -114,14 +114,10 @@ def save_weights(net, path, *, dtype=None, metadata=None):
 
     def lazy(name, layout):
         parameter = parameters[name]
-        tensor = LazyTensor(layout.shape, _numpy_dtype(parameter), lambda: layout.unpack(parameter.asnumpy()))
+        tensor = LazyTensor(layout.shape, layout.dtype, lambda: layout.unpack(parameter.asnumpy()))
         return tensor if dtype is None else tensor.astype(dtype)
 
     write_weights(path, {name: lazy(name, x) for name, x in file_layouts(net).items()}, metadata=metadata)
-
-
-def _numpy_dtype(parameter):
-    return np.dtype(str(parameter.dtype).lower())
 
 
 def read_weights(path):

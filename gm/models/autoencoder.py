@@ -6,11 +6,10 @@ Always float32: SDXL's weights overflow in float16.
 import mindspore as ms
 from mindspore import nn, ops
 
-from gm.models.attention import Attention
 from gm.models.layers import (
+    Attention,
     Conv2d,
     GroupNorm,
-    SiLU,
     Upsample,
     from_feature_map,
     from_tokens,
@@ -25,16 +24,15 @@ class ResnetBlock(nn.Cell):
 
     def __init__(self, channels, out_channels, num_groups):
         super().__init__()
-        self.norm1 = GroupNorm(channels, 1e-6, num_groups=num_groups)
+        self.norm1 = GroupNorm(channels, 1e-6, num_groups=num_groups, activation="silu")
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels, 1e-6, num_groups=num_groups)
+        self.norm2 = GroupNorm(out_channels, 1e-6, num_groups=num_groups, activation="silu")
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
-        self.silu = SiLU()
 
     def construct(self, x):
-        h = self.conv1(self.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(self.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        return self.nin_shortcut(x) + self.conv2(self.norm2(h))
 
 
 class AttnBlock(nn.Cell):
@@ -114,15 +112,14 @@ class Encoder(nn.Cell):
             ]
         )
         self.mid = Middle(widths[-1], num_groups)
-        self.norm_out = GroupNorm(widths[-1], 1e-6, num_groups=num_groups)
-        self.silu = SiLU()
+        self.norm_out = GroupNorm(widths[-1], 1e-6, num_groups=num_groups, activation="silu")
         self.conv_out = Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def construct(self, x):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(self.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Cell):
@@ -137,15 +134,14 @@ class Decoder(nn.Cell):
         self.mid = Middle(widths[-1], num_groups)
         self.up = nn.CellList(levels)  # counted from the output
         self.num_levels = len(levels)
-        self.norm_out = GroupNorm(widths[0], 1e-6, num_groups=num_groups)
-        self.silu = SiLU()
+        self.norm_out = GroupNorm(widths[0], 1e-6, num_groups=num_groups, activation="silu")
         self.conv_out = Conv2d(widths[0], out_ch, 3, padding=1)
 
     def construct(self, z):
         h = self.mid(self.conv_in(z))
         for i in range(self.num_levels):
             h = self.up[self.num_levels - 1 - i](h)
-        return self.conv_out(self.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class AutoencoderKL(nn.Cell):

@@ -7,8 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from gm.models.attention import Attention
-from gm.models.layers import Embedding, LayerNorm, Linear, QuickGELU
+from gm.models.layers import Activation, Attention, Embedding, LayerNorm, Linear
 
 
 class TokenEmbedding(Embedding):
@@ -122,7 +121,7 @@ class _CLIPMLP(nn.Cell):
     def __init__(self, width):
         super().__init__()
         self.fc1 = Linear(width, 4 * width)
-        self.activation = QuickGELU()
+        self.activation = Activation("quick_gelu")
         self.fc2 = Linear(4 * width, width)
 
     def construct(self, x):

@@ -6,9 +6,8 @@ Cells and parameters are named as in the original SDXL file, below ``conditioner
 import mindspore as ms
 from mindspore import nn, ops
 
-from gm.models.attention import Attention
 from gm.models.clip import TokenEmbedding
-from gm.models.layers import GELU, LayerNorm, Linear, empty_parameter
+from gm.models.layers import Activation, Attention, LayerNorm, Linear, Product, empty_parameter
 
 
 class OpenCLIPTextModel(nn.Cell):
@@ -72,18 +71,15 @@ class _PackedAttention(nn.Cell):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.in_proj_weight = empty_parameter((3 * width, width), "in_proj_weight")
+        self.in_proj_weight = empty_parameter((3 * width, width), "in_proj_weight", is_matrix=True)
         self.in_proj_bias = empty_parameter((3 * width,), "in_proj_bias")
         self.out_proj = Linear(width, width)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.in_proj = Product()
         self.split = ops.Split(-1, 3)
         self.attention = Attention(heads, causal=True)
 
     def construct(self, x):
-        b, length, width = x.shape
-        rows = ops.cast(ops.reshape(x, (b * length, width)), self.in_proj_weight.dtype)
-        qkv = ops.bias_add(self.matmul(rows, self.in_proj_weight), self.in_proj_bias)
-        q, k, v = self.split(ops.reshape(qkv, (b, length, 3 * width)))
+        q, k, v = self.split(self.in_proj(x, self.in_proj_weight, self.in_proj_bias))
         return self.out_proj(self.attention(q, k, v))
 
 
@@ -91,7 +87,7 @@ class _MLP(nn.Cell):
     def __init__(self, width):
         super().__init__()
         self.c_fc = Linear(width, 4 * width)
-        self.gelu = GELU()
+        self.gelu = Activation("gelu")
         self.c_proj = Linear(4 * width, width)
 
     def construct(self, x):

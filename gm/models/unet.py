@@ -6,17 +6,17 @@ Attribute chains are the original checkpoint's keys: ``input_blocks.4.1.transfor
 import mindspore as ms
 from mindspore import nn, ops
 
-from gm.models.attention import Attention
 from gm.models.layers import (
     GEGLU,
+    Activation,
+    AddPerSample,
+    Attention,
     Conv2d,
     GroupNorm,
     LayerNorm,
     Linear,
-    SiLU,
     Sinusoid,
     Upsample,
-    add_per_sample,
     concat_channels,
     from_feature_map,
     from_tokens,
@@ -32,20 +32,24 @@ class ResBlock(nn.Cell):
 
     def __init__(self, channels, emb_channels, out_channels, num_groups):
         super().__init__()
+        # The convolutions' numbers in the file count the activation, which the norm does here, and a dropout.
         self.in_layers = nn.SequentialCell(
-            GroupNorm(channels, 1e-5, num_groups=num_groups), SiLU(), Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(channels, 1e-5, num_groups=num_groups, activation="silu"),
+            nn.Identity(),
+            Conv2d(channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.SequentialCell(SiLU(), Linear(emb_channels, out_channels))
+        self.emb_layers = nn.SequentialCell(Activation("silu"), Linear(emb_channels, out_channels))
+        self.add_embedding = AddPerSample()
         self.out_layers = nn.SequentialCell(
-            GroupNorm(out_channels, 1e-5, num_groups=num_groups),
-            SiLU(),
-            nn.Identity(),  # dropout in the original; it holds key number 3 for the convolution
+            GroupNorm(out_channels, 1e-5, num_groups=num_groups, activation="silu"),
+            nn.Identity(),
+            nn.Identity(),
             Conv2d(out_channels, out_channels, 3, padding=1),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
 
     def construct(self, x, emb):
-        h = add_per_sample(self.in_layers(x), self.emb_layers(emb))
+        h = self.add_embedding(self.in_layers(x), self.emb_layers(emb))
         return self.skip_connection(x) + self.out_layers(h)
 
 
@@ -211,10 +215,12 @@ class UNetModel(nn.Cell):
         emb_channels = 4 * model_channels
         self.time_sinusoid = Sinusoid(model_channels)
         self.time_embed = nn.SequentialCell(
-            Linear(model_channels, emb_channels), SiLU(), Linear(emb_channels, emb_channels)
+            Linear(model_channels, emb_channels), Activation("silu"), Linear(emb_channels, emb_channels)
         )
         self.label_emb = nn.SequentialCell(
-            nn.SequentialCell(Linear(adm_in_channels, emb_channels), SiLU(), Linear(emb_channels, emb_channels))
+            nn.SequentialCell(
+                Linear(adm_in_channels, emb_channels), Activation("silu"), Linear(emb_channels, emb_channels)
+            )
         )
 
         def transformer(channels, level):
@@ -260,8 +266,8 @@ class UNetModel(nn.Cell):
                 blocks.append(Block(*layers))
         self.output_blocks = nn.CellList(blocks)
         self.out = nn.SequentialCell(
-            GroupNorm(channels, 1e-5, num_groups=norm_num_groups),
-            SiLU(),
+            GroupNorm(channels, 1e-5, num_groups=norm_num_groups, activation="silu"),
+            nn.Identity(),
             Conv2d(channels, out_channels, 3, padding=1),
         )
         if use_recompute:

@@ -1,12 +1,11 @@
-"""The CPU form of each layer equals the plain form, in value and in every gradient, in both modes."""
+"""The CPU forms of each layer equal the plain form, in value and gradient, in both modes."""
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from gm.models import attention, layers
-from gm.models.attention import Attention
+from gm.models import layers, native, rows
 
 
 class OnMaps(nn.Cell):
@@ -21,16 +20,20 @@ class OnMaps(nn.Cell):
 
 
 class ConcatAndAdd(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.add = layers.AddPerSample()
+
     def construct(self, x):
         y = layers.concat_channels(x, x)
         e = ops.mean(layers.to_tokens(y), 1)
-        return layers.from_tokens(layers.to_tokens(layers.add_per_sample(y, e)) * 2.0, like=x)
+        return layers.from_tokens(layers.to_tokens(self.add(y, e)) * 2.0, like=x)
 
 
 class SelfAttention(nn.Cell):
     def __init__(self, causal):
         super().__init__()
-        self.attention = Attention(2, causal=causal)
+        self.attention = layers.Attention(2, causal=causal)
         self.split = ops.Split(-1, 3)
 
     def construct(self, x):
@@ -59,7 +62,7 @@ def randomise(net, seed):
 
 
 def run(form, make, x, dy):
-    """Output, gradient of the input and gradients of the weights in the file's layout."""
+    """Output, gradient of the input and, but for the fused form, of the weights in the file's layout."""
     with layers.forced_form(form):
         net = make()
         randomise(net, 0)
@@ -79,11 +82,13 @@ def assert_forms_agree(make, shape, *, tolerance=2e-5):
         net = make()
         randomise(net, 0)
         dy = rng.standard_normal(net(Tensor(x)).shape).astype(np.float32)
-    rows, native = run("rows", make, x, dy), run("native", make, x, dy)
-    assert rows.keys() == native.keys()
-    for name, expected in native.items():
-        assert rows[name].shape == expected.shape, name
-        assert np.abs(rows[name] - expected).max() <= tolerance * np.abs(expected).max(), name
+    plain = run("native", make, x, dy)
+    for form in ("rows", "fused"):
+        found = run(form, make, x, dy)
+        assert found.keys() == (plain.keys() if form == "rows" else {"y", "dx"})
+        for name, value in found.items():
+            assert value.shape == plain[name].shape, (form, name)
+            assert np.abs(value - plain[name]).max() <= tolerance * np.abs(plain[name]).max(), (form, name)
 
 
 MAP_LAYERS = {
@@ -94,8 +99,9 @@ MAP_LAYERS = {
     "conv1x1": lambda: layers.Conv2d(3, 5, 1),
     "group norm": lambda: layers.GroupNorm(3, 1e-6, num_groups=3),
     "group norm, wide groups": lambda: layers.GroupNorm(3, 1e-5, num_groups=1),
-    "silu": layers.SiLU,
-    "upsample": layers.Upsample2x,
+    "group norm and silu": lambda: layers.GroupNorm(3, 1e-5, num_groups=3, activation="silu"),
+    "silu": lambda: layers.Activation("silu"),
+    "enlarge": layers.Enlarge,
     "concat and add": ConcatAndAdd,
 }
 
@@ -110,8 +116,8 @@ TOKEN_LAYERS = {
     "linear": lambda: layers.Linear(6, 4),
     "linear without bias": lambda: layers.Linear(6, 4, has_bias=False),
     "layer norm": lambda: layers.LayerNorm(6),
-    "gelu": layers.GELU,
-    "quick gelu": layers.QuickGELU,
+    "gelu": lambda: layers.Activation("gelu"),
+    "quick gelu": lambda: layers.Activation("quick_gelu"),
     "geglu": layers.GEGLU,
     "attention": lambda: SelfAttention(causal=False),
     "causal attention": lambda: SelfAttention(causal=True),
@@ -125,22 +131,21 @@ def test_token_layers_equal_their_plain_form(mode, layer):
 
 
 def test_convolution_in_bands_equals_one_product(mode, monkeypatch):
-    monkeypatch.setattr(layers, "MAX_WINDOW_BYTES", 4 * 8 * 6 * 3 * 9 // 3)  # three bands
-    assert layers._num_bands(1, 8, 6, 3, 3, 1) == 3
+    monkeypatch.setattr(rows, "MAX_WINDOW_BYTES", 4 * 8 * 6 * 3 * 9 // 3)  # three bands
+    assert rows._num_bands(1, 8, 6, 3, 3, 1) == 3
     assert_forms_agree(lambda: OnMaps(layers.Conv2d(3, 5, 3, padding=1)), (1, 3, 8, 6))
     assert_forms_agree(lambda: OnMaps(layers.Conv2d(3, 5, 3, padding=(1, 0, 0, 1))), (2, 3, 8, 6))
 
 
 def test_attention_in_chunks_equals_one_product(mode, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_SCORE_BYTES", 4 * 4 * 8 * 8 // 4)  # four chunks of two queries
-    assert attention._num_chunks(4, 8, 8) == 4
+    monkeypatch.setattr(rows, "MAX_SCORE_BYTES", 4 * 4 * 8 * 8 // 4)  # four chunks of two queries
+    assert rows._num_chunks(4, 8, 8) == 4
     assert_forms_agree(lambda: SelfAttention(causal=False), (2, 8, 12))
 
 
 def test_linear_computes_in_the_dtype_of_its_weight(mode):
-    net = layers.Linear(4, 3)
-    net.weight.set_dtype(ms.float16)
-    net.bias.set_dtype(ms.float16)
+    with layers.parameter_dtype(ms.float16):
+        net = layers.Linear(4, 3)
     assert net(Tensor(np.ones((2, 4), np.float32))).dtype == ms.float16
 
 
@@ -168,7 +173,7 @@ def test_embedding_takes_rows(mode):
 
 def test_flash_attention_without_ascend_is_an_error():
     with pytest.raises(ValueError, match="Ascend"):
-        attention.use_flash_attention(True)
+        native.use_flash_attention(True)
 
 
 @pytest.mark.parametrize("form", ["rows", "native"])
@@ -177,6 +182,6 @@ def test_a_vector_a_sample_is_added_in_float16(form, batch, mode):
     with layers.forced_form(form):
         x = layers.to_feature_map(Tensor(np.ones((batch, 3, 2, 2)), ms.float16))
         e = Tensor(np.arange(3 * batch).reshape(batch, 3), ms.float16)
-        y = layers.from_feature_map(layers.add_per_sample(x, e))
+        y = layers.from_feature_map(layers.AddPerSample()(x, e))
     assert y.dtype == ms.float16
     assert y.asnumpy()[:, :, 1, 0].ravel().tolist() == [1.0 + i for i in range(3 * batch)]
