@@ -3,6 +3,7 @@
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from gm import compile_cache
 from gm.diffusion.denoiser import EpsWeighting
 from gm.diffusion.discretizer import LegacyDDPMDiscretization
 from gm.diffusion.loss import DiscreteSampling, StandardDiffusionLoss
@@ -79,13 +80,15 @@ class DiffusionEngine(nn.Cell):
 
     def encode(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w) moments: mean and log-variance, unscaled. Numpy."""
-        return self._encode(Tensor(images)).asnumpy()
+        return compile_cache.call(self._encode, Tensor(images)).asnumpy()
 
     def decode(self, latents):
         """(B, 4, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]. Numpy."""
-        return np.clip(self._decode(Tensor(latents / np.float32(self.scale_factor))).asnumpy(), -1, 1)
+        pixels = compile_cache.call(self._decode, Tensor(latents / np.float32(self.scale_factor)))
+        return np.clip(pixels.asnumpy(), -1, 1)
 
     def network(self, x, timesteps, cond):
         """The UNet on numpy arrays: (B, 4, h, w), (B,), {"vector", "crossattn"} -> (B, 4, h, w)."""
         arrays = (x, timesteps, cond["crossattn"], cond["vector"])
-        return self.model.diffusion_model(*(Tensor(np.asarray(a, np.float32)) for a in arrays)).asnumpy()
+        inputs = (Tensor(np.asarray(a, np.float32)) for a in arrays)
+        return compile_cache.call(self.model.diffusion_model, *inputs).asnumpy()

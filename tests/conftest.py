@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore warns about every CPU fallback otherwise
+os.environ.setdefault("MS_COMPILER_CACHE_ENABLE", "0")  # tests compile, and leave the user's cache alone
 
 import mindspore as ms
 import pytest

@@ -3,6 +3,7 @@
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from gm import compile_cache
 from gm.conditioning.embedders import TextEmbedder
 
 
@@ -88,7 +89,7 @@ class GeneralConditioner(nn.Cell):
                 weights.append(weight)
             else:
                 inputs.append(embedder.prepare(values))
-        vector, context = (output.asnumpy().copy() for output in self(*map(Tensor, inputs)))
+        vector, context = (output.asnumpy().copy() for output in compile_cache.call(self, *map(Tensor, inputs)))
 
         start = 0
         for embedder, weight in zip(self.text_embedders, weights, strict=True):

@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
+from gm import compile_cache
 from gm.training.optim import LossScale, schedule_factor
 
 
@@ -40,7 +41,8 @@ class TrainOneStepCell(nn.Cell):
         self.accumulated = self.rows.clone("accumulated", init="zeros")
         self.first_moment = self.rows.clone("first_moment", init="zeros")
         self.second_moment = self.rows.clone("second_moment", init="zeros")
-        self.gradient = ms.value_and_grad(_ScaledLoss(loss_net), None, weights=self.rows)
+        self.loss_net = _ScaledLoss(loss_net)  # an attribute, so that the cell knows the network's parameters
+        self.gradient = ms.value_and_grad(self.loss_net, None, weights=self.rows)
         self.beta1, self.beta2, self.eps, self.weight_decay = optim.beta1, optim.beta2, optim.eps, optim.weight_decay
         self.clip_grad, self.max_grad_norm = optim.clip_grad, optim.max_grad_norm
         self.share = 1.0 / accumulation_steps
@@ -148,8 +150,8 @@ class Learner:
         rates = np.array([rate * factor for rate in self.optim.base_rates], np.float32)
         t = self.updates + 1
         corrections = [1 / (1 - self.optim.beta1**t), 1 / (1 - self.optim.beta2**t)]
-        loss, norm, finite = self.cell(
-            Tensor(is_last), Tensor(self.loss_scale.value, ms.float32), Tensor(rates),
+        loss, norm, finite = compile_cache.call(
+            self.cell, Tensor(is_last), Tensor(self.loss_scale.value, ms.float32), Tensor(rates),
             Tensor(corrections, ms.float32), *(Tensor(array) for array in inputs),
         )  # fmt: skip
         loss, norm, finite = float(loss.asnumpy()), float(norm.asnumpy()), bool(finite.asnumpy())
