@@ -68,8 +68,8 @@ def table(task, results):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks.add_case_flags(parser, benchmarks.PRECISIONS)
-    parser.add_argument("--cache", nargs="+", choices=benchmarks.CACHES, default=benchmarks.CACHES,
-                        help="of compiled graphs: empty, as at the first run, or filled by an earlier run (default: both)")  # fmt: skip
+    help = "of compiled graphs: empty, as at the first run, or filled by an earlier run (default: both)"
+    parser.add_argument("--cache", nargs="+", choices=benchmarks.CACHES, default=benchmarks.CACHES, help=help)
     return parser.parse_args(argv)
 
 

@@ -11,11 +11,11 @@ from tests.tiny import CONFIGS
 from tools import benchmark, benchmark_peers, benchmarks
 
 FLAGS = ["--model", str(CONFIGS["micro"]), "--batch", "2", "--steps", "2", "--pictures", "1", "--sampling_steps", "2"]
-EMPTY = ["--cache", "empty"]
+ONCE = ["--cache", "empty", "--precision", "fp32"]
 
 
 def test_training_and_drawing_are_measured_and_written(tmp_path, capsys):
-    results = benchmark.main([*FLAGS, *EMPTY, "--out", str(tmp_path / "figures.json")])
+    results = benchmark.main([*FLAGS, *ONCE, "--out", str(tmp_path / "figures.json")])
     train, sample = results
     assert (train["task"], sample["task"]) == ("train", "sample")
     for result in results:
@@ -47,7 +47,7 @@ def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path, capsys):
                 return super().__call__(program, case)
             return {"program": program, **asdict(case), **good}
 
-    flags = ["--model", str(broken), "--task", "train", "--batch", "1", "--side", "64", "128", *EMPTY]
+    flags = ["--model", str(broken), "--task", "train", "--batch", "1", "--side", "64", "128", *ONCE]
     failed, measured = benchmark.main(flags, make_runner=Runner)
     assert "NoEngine" in failed["error"] and "exit status 1" in failed["error"]
     assert measured["seconds"] == 0.5
@@ -178,7 +178,7 @@ def test_a_failed_run_leaves_the_other_rounds_and_is_told():
 
 
 def test_ours_and_theirs_take_turns():
-    args = benchmark_peers.parse_args(["--batch", "1", "2", "--task", "train"])
+    args = benchmark_peers.parse_args(["--batch", "1", "2", "--task", "train", "--precision", "fp32"])
     runs = benchmark_peers.make_runs(args)
     assert [(program, case.batch, case.precision) for program, case in runs] == [
         (program, batch, precision)
