@@ -11,7 +11,7 @@ from mindspore import ops
 
 logger = logging.getLogger(__name__)
 
-AMP_LEVELS = ("auto", "O0", "O2")
+AMP_LEVELS = ("auto", "O0", "O2", "bf16")
 
 
 def flag(text):
@@ -35,7 +35,9 @@ class RuntimeArgs:
     device_target: str = "auto"  # CPU, Ascend, or auto: Ascend where there is one
     ms_mode: str = "graph"  # graph (compiled) or pynative (operator by operator, for debugging)
     jit_level: str | None = None  # MindSpore's O0, O1 or O2 graph optimisation; None is its default
-    ms_amp_level: str = "auto"  # O0: float32; O2: float16 text encoders and UNet; auto: O2 on Ascend, O0 on CPU
+    # O0: float32; O2: float16 text encoders and UNet; bf16, CPU only: their matrices in bfloat16; auto: O2 on Ascend,
+    # O0 on CPU
+    ms_amp_level: str = "auto"
     is_parallel: bool = False  # one process of several, started by mpirun or msrun
     flash_attention: bool = False  # Ascend's fused attention kernel
     seed: int = 42
@@ -51,7 +53,8 @@ def add_runtime_flags(parser):
                        help="0: graph mode, compiled; 1: PyNative, for debugging (default 0)")  # fmt: skip
     group.add_argument("--jit_level", choices=("O0", "O1", "O2"), default=None, help="MindSpore's graph optimisation")
     group.add_argument("--ms_amp_level", choices=AMP_LEVELS, default=default.ms_amp_level,
-                       help="O0: float32, O2: float16, autoencoder float32 (default: O2 on Ascend)")  # fmt: skip
+                       help="O0: float32; O2: float16, bf16 (CPU): matrices in bfloat16, autoencoder float32 in both "
+                       "(default: O2 on Ascend, O0 on CPU)")  # fmt: skip
     group.add_argument("--flash_attention", type=flag, default=False, help="Ascend's fused attention (default False)")
     group.add_argument("--seed", type=int, default=default.seed, help=f"default {default.seed}")
     return group
@@ -68,7 +71,7 @@ class Runtime:
     """What a started process knows of itself."""
 
     device: str  # CPU or Ascend
-    dtype: object  # of text encoders and UNet: ms.float32 or ms.float16
+    dtype: object  # of text encoders and UNet: ms.float32, ms.float16 or ms.bfloat16
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -119,10 +122,27 @@ def start_runtime(args):
     ms.set_seed(args.seed)
     np.random.seed(args.seed)
     random.seed(args.seed)
-    amp = {"auto": "O2" if device == "Ascend" else "O0"}.get(args.ms_amp_level, args.ms_amp_level)
     if args.flash_attention and device != "Ascend":
         raise ValueError("--flash_attention True needs an Ascend device; leave it out on a CPU.")
-    return Runtime(device, ms.float16 if amp == "O2" else ms.float32, args.seed, rank, world_size)
+    return Runtime(device, _dtype(args.ms_amp_level, device), args.seed, rank, world_size)
+
+
+def _dtype(amp_level, device):
+    """What text encoders and UNet compute in."""
+    if amp_level == "auto":
+        amp_level = "O2" if device == "Ascend" else "O0"
+    if amp_level == "bf16":
+        if device == "Ascend":
+            raise ValueError("--ms_amp_level bf16 is for a CPU; on Ascend use O2.")
+        from gm.models import fused  # only here: the kernels may have to be compiled
+
+        if not fused.available():
+            logger.warning("Going on in float32: --ms_amp_level bf16 needs the fused kernels.")
+            return ms.float32
+        if not fused.fast_bfloat16():
+            logger.warning("This processor has no instructions for bfloat16: float32 may be faster.")
+        return ms.bfloat16
+    return ms.float16 if amp_level == "O2" else ms.float32
 
 
 def _device(target):
@@ -154,6 +174,9 @@ def start_logging(rank=0):
 
 def describe(runtime, args):
     """One line for the log."""
-    precision = "float16 (autoencoder float32)" if runtime.half_precision else "float32"
+    precision = {
+        ms.float16: "float16 (autoencoder float32)",
+        ms.bfloat16: "matrices in bfloat16 (autoencoder float32)",
+    }.get(runtime.dtype, "float32")
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
     return f"{runtime.device}, {args.ms_mode} mode, {precision}, seed {runtime.seed}{ranks}; MindSpore {ms.__version__}"

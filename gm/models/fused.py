@@ -7,6 +7,7 @@ Weights are constants to them: they give the gradient by the input, and none by 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cc")
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp-simd -fno-math-errno -fno-trapping-math -fPIC -shared".split()
@@ -62,11 +65,15 @@ def library():
 
 def _compile(compiler, onednn, path):
     path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("Compiling the CPU kernels, once on this machine ...")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
         command = [compiler, *FLAGS, str(SOURCE), "-pthread", "-o", str(made)]
         command += [str(onednn), f"-Wl,-rpath,{onednn.parent}"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError as e:
+            raise NoKernels(f"the compiler {compiler} is not there") from e
         if done.returncode:
             raise NoKernels(f"{compiler} failed: {done.stderr.strip()[-500:]}")
         made.replace(path)  # whole, whoever else compiles it at the same time
@@ -78,11 +85,13 @@ def _processor():
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
 
 
+@functools.cache
 def available():
-    """Whether the kernels can be had; compiles them if need be."""
+    """Whether the kernels can be had; compiles them if need be, and says so if not."""
     try:
         library()
-    except NoKernels:
+    except NoKernels as e:
+        logger.warning("Computing without the fused CPU kernels, at half the speed: %s.", e)
         return False
     return True
 

@@ -32,7 +32,7 @@ GUIDANCE = 5.0
 WARM_UP = {"train": 1, "sample": 0}  # calls after the first, which compiles, that are not counted either
 
 # Precisions of this project, and the fields of gm.runtime.RuntimeArgs that each stands for.
-PRECISIONS = {"fp32": {"ms_amp_level": "O0"}}
+PRECISIONS = {"fp32": {"ms_amp_level": "O0"}, "bf16": {"ms_amp_level": "bf16"}}
 
 
 @dataclass(frozen=True)
