@@ -5,7 +5,8 @@
     python tools/doctor.py --data_path datasets/cat_toy --placeholder_token "<cat-toy>" --total_step 3000 ...
 
 Takes every flag of train_textual_inversion.py, none is required; given a whole training command, it says what that
-would do and need. Nothing is trained, loaded or written. Exits with 1 if something has to be mended.
+would do and need. Nothing is trained or loaded, and only the CPU kernels are written, where they are not compiled yet.
+Exits with 1 if something has to be mended.
 """
 
 import math
@@ -25,6 +26,7 @@ import mindspore as ms  # noqa: E402
 
 from gm import checkpoint, config  # noqa: E402
 from gm.data.images import check_pictures, scan_folder  # noqa: E402
+from gm.models import fused  # noqa: E402
 from gm.models.layers import file_layouts  # noqa: E402
 from gm.runtime import has_ascend  # noqa: E402
 from gm.training.args import build_parser, find_version, find_weights, parse_train_args  # noqa: E402
@@ -80,6 +82,17 @@ def machine():
     else:
         advice = "for Ascend, install CANN and source its set_env.sh"
         yield Finding(NOTE, "no Ascend device: everything runs on the CPU", advice)
+        yield kernels()
+
+
+def kernels():
+    """Whether the CPU computes with the fused kernels."""
+    try:
+        fused.library()
+    except fused.NoKernels as e:
+        return Finding(NOTE, f"no fused CPU kernels, at half the speed without: {e}", "install g++ (apt install g++)")
+    half = "has" if fused.fast_bfloat16() else "lacks"
+    return Finding(OK, f"fused CPU kernels; this processor {half} bfloat16 instructions (--ms_amp_level bf16)")
 
 
 def memory():
