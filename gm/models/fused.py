@@ -57,10 +57,19 @@ def library():
     try:
         if not path.exists():
             _compile(compiler, onednn, path)
-        ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+        ctypes.CDLL(str(path), mode=os.RTLD_NOW).SetThreads(num_threads())
     except OSError as e:
         raise NoKernels(f"{path} does not load: {e}") from e
     return str(path)
+
+
+def num_threads():
+    """Threads of the kernels: OMP_NUM_THREADS, or the processors that this process may use.
+
+    Asked here, since MindSpore sets OMP_NUM_THREADS to 1 for its own C++ code.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
 
 
 def _compile(compiler, onednn, path):

@@ -4,14 +4,11 @@
 // float32 rows of positions; matrices of weights are float32 or bfloat16, and set the precision of their products.
 // Matrix products come from the oneDNN library inside MindSpore, everything around them is one pass over memory.
 
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <mutex>
@@ -35,14 +32,7 @@ namespace {
 
 // ---------------------------------------------------------------- threads
 
-int count_threads() {
-  if (const char* wanted = std::getenv("OMP_NUM_THREADS")) {
-    if (int n = std::atoi(wanted); n > 0) return n;
-  }
-  cpu_set_t cpus;
-  CPU_ZERO(&cpus);
-  return sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? std::max(1, CPU_COUNT(&cpus)) : 1;
-}
+int num_threads = 1;  // set once, by SetThreads
 
 // Threads that share the tasks of one kernel at a time. They spin for a moment before they sleep: the next kernel
 // usually follows at once.
@@ -101,7 +91,7 @@ class Pool {
 };
 
 Pool& pool() {
-  static Pool* const it = new Pool(count_threads());  // never deleted: its threads outlive main()
+  static Pool* const it = new Pool(num_threads);  // never deleted: its threads outlive main()
   return *it;
 }
 
@@ -680,6 +670,9 @@ bool known_dtypes(int count, const char** dtype) {
     return !std::strcmp(d, "float32") || !std::strcmp(d, "int16") || !std::strcmp(d, "int32");
   });
 }
+
+// To be called once, before any other function.
+extern "C" void SetThreads(int threads) { num_threads = threads; }
 
 // Functions that MindSpore calls. Inputs and outputs are listed at each; the last input holds int32 settings.
 #define KERNEL(name, ...)                                                                                     \
