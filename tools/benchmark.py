@@ -11,6 +11,7 @@ its reason.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,9 @@ def main(argv=None, *, make_runner=benchmarks.Runner):
             results.append(run_case("ours", case))
             if args.out:  # what was measured is kept if the command is stopped
                 benchmarks.write_json(args.out, facts, results)
+    if args.profile:
+        for result in results:
+            print(f"\n{profile(result)}")
     for task in args.task:
         print(f"\n{table(task, [result for result in results if result['task'] == task])}")
     return results
@@ -65,11 +69,28 @@ def table(task, results):
     return benchmarks.markdown(header, rows)
 
 
+def profile(result):
+    """Markdown: where the time of one step, or of one batch drawn, goes."""
+    title = " ".join(str(result[key]) for key in ("task", "model", "side", "batch", "precision", "cache"))
+    if "error" in result:
+        return f"{title}: failed, {result['error']}"
+    repetition = statistics.mean(result["times"])
+    rows = [
+        [name, round(calls), seconds, seconds / repetition, operations / 1e12, operations / seconds / 1e9]
+        for name, (calls, seconds, operations) in sorted(result["kernels"].items(), key=lambda item: -item[1][1])
+    ]
+    inside = sum(row[2] for row in rows)
+    rows.append(["everything else", "", repetition - inside, 1 - inside / repetition, "", ""])
+    header = ["kernel", "calls", "seconds", "share", "TFLOP of products", "GFLOP/s"]
+    return f"{title}\n\n{benchmarks.markdown(header, rows)}"
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks.add_case_flags(parser, benchmarks.PRECISIONS)
     help = "of compiled graphs: empty, as at the first run, or filled by an earlier run (default: both)"
     parser.add_argument("--cache", nargs="+", choices=benchmarks.CACHES, default=benchmarks.CACHES, help=help)
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     return parser.parse_args(argv)
 
 

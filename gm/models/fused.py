@@ -105,6 +105,18 @@ def available():
     return True
 
 
+def take_profile():
+    """What the kernels have cost since the last call.
+
+    Returns:
+        dict of kernel -> (calls, seconds, operations of its matrix products).
+    """
+    text = ctypes.create_string_buffer(1 << 16)
+    ctypes.CDLL(library()).TakeAccounts(text, ctypes.c_int64(len(text)))
+    lines = (line.split() for line in text.value.decode().splitlines())
+    return {name: (int(calls), float(seconds), int(done)) for name, calls, seconds, done in lines}
+
+
 def fast_bfloat16():
     """Whether this processor multiplies bfloat16 numbers faster than float32."""
     return any(flag in _processor() for flag in ("avx512_bf16", "amx_bf16"))

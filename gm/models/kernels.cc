@@ -6,12 +6,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -207,17 +210,46 @@ struct Identity {
   static float slope(float) { return 1.0f; }
 };
 
+// ---------------------------------------------------------------- accounts
+
+// What each kernel has cost so far: gm.models.fused.profile() reads it.
+struct Account {
+  int64_t calls = 0, operations = 0;  // of matrix products: a multiplication and an addition are two
+  double seconds = 0;
+};
+
+std::map<std::string, Account> accounts;
+std::atomic<int64_t> operations{0};
+
+class Timer {
+ public:
+  explicit Timer(const char* name) : account_(accounts[name]), start_(Clock::now()), before_(operations) {}
+  ~Timer() {
+    account_.calls++;
+    account_.operations += operations - before_;
+    account_.seconds += std::chrono::duration<double>(Clock::now() - start_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Account& account_;
+  const Clock::time_point start_;
+  const int64_t before_;
+};
+
 // ---------------------------------------------------------------- matrix products
 
 // C (m, n) = A B + beta C on this thread. A is (m, k), or (k, m) with ta 'T'; B likewise.
 void gemm(char ta, char tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
           float beta, float* c, int64_t ldc) {
+  operations += 2 * m * n * k;
   dnnl_threadpool_interop_set_max_concurrency(1);
   dnnl_threadpool_interop_sgemm(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc, nullptr);
 }
 
 void gemm(char ta, char tb, int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t ldb,
           float beta, float* c, int64_t ldc) {
+  operations += 2 * m * n * k;
   dnnl_threadpool_interop_set_max_concurrency(1);
   dnnl_threadpool_interop_gemm_bf16bf16f32(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc, nullptr);
 }
@@ -671,6 +703,17 @@ bool known_dtypes(int count, const char** dtype) {
   });
 }
 
+// Writes a line "name calls seconds operations" a kernel, and starts all accounts anew.
+extern "C" void TakeAccounts(char* text, int64_t size) {
+  auto lock = turn();
+  std::string lines;
+  for (const auto& [name, a] : accounts)
+    lines += name + " " + std::to_string(a.calls) + " " + std::to_string(a.seconds) + " " +
+             std::to_string(a.operations) + "\n";
+  std::strncpy(text, lines.c_str(), size - 1);
+  accounts.clear();
+}
+
 // To be called once, before any other function.
 extern "C" void SetThreads(int threads) { num_threads = threads; }
 
@@ -678,7 +721,8 @@ extern "C" void SetThreads(int threads) { num_threads = threads; }
 #define KERNEL(name, ...)                                                                                     \
   extern "C" int name(int count, void** data, int* rank, int64_t** shape, const char** dtype, void*, void*) { \
     if (!known_dtypes(count, dtype)) return 1;                                                                \
-    auto lock = turn();                                                                                       \
+    auto lock = turn();                                                                                   \
+    const Timer timer(#name);                                                                                       \
     const Call call{data, shape, rank, dtype};                                                                \
     __VA_ARGS__                                                                                               \
     return 0;                                                                                                 \

@@ -96,12 +96,17 @@ class Clock:
         now = time.monotonic()
         self.phases[name], self.last = now - self.last, now
 
-    def time(self, work, case):
-        """Call `work` once as the phase "first", then to warm up, then as often as is timed; returns those times."""
+    def time(self, work, case, *, before=lambda: None):
+        """Call `work` once as the phase "first", then to warm up, then as often as is timed; returns those times.
+
+        Args:
+            before: called before the first that is timed.
+        """
         work()
         self.lap("first")
         for _ in range(WARM_UP[case.task]):
             work()
+        before()
         return [self._seconds(work) for _ in range(case.repeats)]
 
     @staticmethod
@@ -115,19 +120,15 @@ def measure_case(train, sample):
     """The program of a measuring process: prints a JSON line.
 
     Args:
-        train: (Case, Clock) -> seconds of every step.
-        sample: (Case, Clock) -> seconds of every batch drawn, and of the decoding in each.
+        train: (Case, Clock) -> seconds of every step, and a dict of more figures.
+        sample: (Case, Clock) -> seconds of every batch drawn, and a dict of more figures.
     """
     case = Case(**json.loads(sys.argv[1]))
     # Where memory runs out, this process shall end, and none beside it.
     Path("/proc/self/oom_score_adj").write_text("1000")
     clock = Clock(float(sys.argv[2]))
     clock.lap("import")
-    if case.task == "train":
-        times, figures = train(case, clock), {}
-    else:
-        times, decoding = sample(case, clock)
-        figures = {"decode_s": statistics.median(decoding) / case.batch}
+    times, figures = (train if case.task == "train" else sample)(case, clock)
     seconds = statistics.median(times)
     print(json.dumps({
         "seconds": seconds if case.task == "train" else seconds / case.batch,
@@ -171,7 +172,8 @@ class Runner:
             dict of the case and its figures: "seconds" of a step or of a picture drawn (median), "per_s" pictures a
             second, "to_first_s" from the process's start to the end of the first step or drawing, of which "import_s",
             "build_s", "load_s" and "first_s"; "compile_s", by how much "first_s" is longer than a later one; "decode_s"
-            of a picture, "peak_gib" memory, and all "times". Or of the case and "error", why it has none.
+            of a picture, "peak_gib" memory, and all "times"; "kernels" of this project, each with [calls, seconds,
+            operations] of a step or batch. Or of the case and "error", why it has none.
         """
         same = dataclasses.replace(case, cache="", repeats=0, sampling_steps=0)  # for these the graphs are the same
         cache = self.folder / hashlib.sha256(f"{program} {same}".encode()).hexdigest()[:16]

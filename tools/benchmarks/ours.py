@@ -3,6 +3,7 @@
 Latents and noise are random, pictures are not read. See tools/benchmark.py.
 """
 
+import statistics
 import time
 from unittest import mock
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from gm import checkpoint
 from gm.config import build_engine
+from gm.models import fused
 from gm.models.layers import file_layouts, parameter_dtype
 from gm.runtime import RuntimeArgs, start_runtime
 from gm.sampling import SamplingArgs, condition, decode, draw_latents, latent_shape
@@ -51,7 +53,7 @@ def load_random(engine):
 
 
 def train(case, clock):
-    """Seconds of every training step, from random latents to new rows."""
+    """Seconds of every training step, from random latents to new rows, and what the kernels do in one."""
     engine, runtime = make_engine(case, clock)
     rng = np.random.default_rng(0)
     concept = add_concept(engine.conditioner, token=WORD, num_vectors=NUM_VECTORS, rng=rng)
@@ -77,11 +79,12 @@ def train(case, clock):
         )
         learner(*noised, *conditioning)  # waits for the loss
 
-    return clock.time(step, case)
+    times = clock.time(step, case, before=fused.take_profile)
+    return times, {"kernels": kernels(case)}
 
 
 def sample(case, clock):
-    """Seconds of every batch drawn, from prompt to pixels, and of the decoding in each."""
+    """Seconds of every batch drawn, from prompt to pixels; of the decoding, and what the kernels do for one batch."""
     engine, _ = make_engine(case, clock)
     args = SamplingArgs(
         height=case.side, width=case.side, guidance_scale=GUIDANCE, steps=case.sampling_steps, sampler="EulerEDM"
@@ -95,8 +98,14 @@ def sample(case, clock):
         decode(engine, latents)
         decoding.append(time.monotonic() - start)
 
-    times = clock.time(draw, case)
-    return times, decoding[-case.repeats :]
+    times = clock.time(draw, case, before=fused.take_profile)
+    decode_s = statistics.median(decoding[-case.repeats :]) / case.batch
+    return times, {"decode_s": decode_s, "kernels": kernels(case)}
+
+
+def kernels(case):
+    """Kernel -> [calls, seconds, operations] of one repetition."""
+    return {name: [n / case.repeats for n in numbers] for name, numbers in fused.take_profile().items()}
 
 
 if __name__ == "__main__":

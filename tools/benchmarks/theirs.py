@@ -6,6 +6,7 @@ would make it slower: encoding the pictures at every step, and the autoencoder i
 the tables included. See tools/benchmark_peers.py.
 """
 
+import statistics
 import time
 
 import torch
@@ -169,7 +170,7 @@ def train(case, clock):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()}")
 
-    return clock.time(step, case)
+    return clock.time(step, case), {}
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def sample(case, clock):
         decoding.append(time.monotonic() - start)
 
     times = clock.time(draw, case)
-    return times, decoding[-case.repeats :]
+    return times, {"decode_s": statistics.median(decoding[-case.repeats :]) / case.batch}
 
 
 if __name__ == "__main__":
