@@ -62,7 +62,12 @@ class Pool {
     }
     wake_.notify_all();
     take(0);
-    while (busy_.load() > 0) std::this_thread::yield();
+    for (int spin = 0; busy_.load() > 0; spin++) {
+      if (spin < 20000)
+        __builtin_ia32_pause();
+      else
+        std::this_thread::yield();
+    }
   }
 
   const int size;
@@ -74,7 +79,7 @@ class Pool {
 
   void work(int worker) {
     for (int64_t seen = 0;;) {
-      for (int spin = 0; spin < 4000 && generation_.load() == seen; spin++) __builtin_ia32_pause();
+      for (int spin = 0; spin < 20000 && generation_.load() == seen; spin++) __builtin_ia32_pause();
       if (generation_.load() == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load() != seen; });
