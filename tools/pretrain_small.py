@@ -3,6 +3,7 @@
     python tools/pretrain_small.py vae --steps 12000
     python tools/pretrain_small.py diffusion --steps 60000
     python tools/pretrain_small.py publish
+    python tools/pretrain_small.py score        # of 128 captions that the log's scores do not use
 
 Everything lives in the state folder: weights, averages, optimizer, a log of losses and scores (log.jsonl). A stage
 saves every two minutes and continues where it was stopped; a resumed run equals one that never stopped. `publish`
@@ -442,8 +443,8 @@ class DiffusionStage(Stage):
             pictures.append(to_pixels(self.net.first_stage_model.decode(torch.from_numpy(z).to(self.device))))
         return np.concatenate(pictures)
 
-    def scores(self, number=64):
-        attributes = gate_attributes(number, seed=2)
+    def scores(self, number=64, *, seed=2):
+        attributes = gate_attributes(number, seed=seed)
         pictures = self.sample([full_caption(a) for a in attributes])
         contact_sheet(pictures).save(self.folder / "diffusion.png")
         shares = {k: round(v, 3) for k, v in accuracy(pictures, attributes).items()}
@@ -517,7 +518,7 @@ def build(root=ROOT, *, seed=0, device="cpu"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("vae", "diffusion", "publish", "restore"))
+    parser.add_argument("stage", choices=("vae", "diffusion", "publish", "restore", "score"))
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sdxl_small_pretrain"
     parser.add_argument("--state", type=Path, default=default, help=f"folder of the state (default {default})")
     parser.add_argument("--steps", type=int, help="of the whole stage, those done before included")
@@ -539,12 +540,17 @@ def main():
     stage_type, steps, batch, lr, pictures = {
         "vae": (VAEStage, 12000, 16, 2e-3, 8000),
         "diffusion": (DiffusionStage, 60000, 64, 2e-3, 20000),
+        "score": (DiffusionStage, 1, 64, 2e-3, 2000),
     }[args.stage]
     settings = Settings(
         args.steps or steps, args.batch or batch, args.lr or lr, decay=args.decay, seed=args.seed
     )
     stage = stage_type(net, args.state, settings, device=args.device, pictures=args.pictures or pictures)
-    stage.run(score_every=args.score_every)
+    if args.stage == "score":
+        with stage.averaged(), torch.no_grad(), stage.autocast():
+            print(json.dumps(stage.scores(128, seed=5)))
+    else:
+        stage.run(score_every=args.score_every)
 
 
 if __name__ == "__main__":
