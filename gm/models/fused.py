@@ -151,9 +151,9 @@ def _operator(name, shape, *, outputs=1, variant=""):
 class _Kernel(nn.Cell):
     """An operator with its gradient. One object serves all layers: MindSpore derives its gradient once."""
 
-    def __init__(self, operator, gradient):
+    def __init__(self, operator, gradient, numbers=None):
         super().__init__(auto_prefix=False)
-        self.operator, self.gradient = operator, gradient
+        self.operator, self.gradient, self.numbers = operator, gradient, numbers
 
 
 class _Product(_Kernel):
@@ -181,10 +181,6 @@ def linear(*, has_bias):
 
 
 class _Conv(_Kernel):
-    def __init__(self, operator, gradient, numbers):
-        super().__init__(operator, gradient)
-        self.numbers = numbers
-
     def construct(self, x, weight, bias):
         return self.operator(x, weight, bias, self.numbers)
 
@@ -216,10 +212,6 @@ def conv(out_channels, kernel_size, stride, padding):
 
 
 class _LayerNorm(_Kernel):
-    def __init__(self, operator, gradient, numbers):
-        super().__init__(operator, gradient)
-        self.numbers = numbers
-
     def construct(self, x, gamma, beta):
         return self.operator(x, gamma, beta, self.numbers)
 
@@ -250,10 +242,6 @@ def group_norm(channels, eps, num_groups, activation):
 
 
 class _Attention(_Kernel):
-    def __init__(self, operator, gradient, numbers):
-        super().__init__(operator, gradient)
-        self.numbers = numbers
-
     def construct(self, q, k, v):
         return self.operator(q, k, v, self.numbers)
 
@@ -280,10 +268,6 @@ class _Unary(_Kernel):
 
 
 class _Activation(_Kernel):
-    def __init__(self, operator, gradient, numbers):
-        super().__init__(operator, gradient)
-        self.numbers = numbers
-
     def construct(self, x):
         return self.operator(x, self.numbers)
 

@@ -14,6 +14,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from gm.models.native import linear  # noqa: F401 (the same in both forms)
+
 # Above this many bytes, gathered convolution windows are made and multiplied band by band.
 MAX_WINDOW_BYTES = 256 * 2**20
 
@@ -375,17 +377,6 @@ class _AttentionRows(nn.Cell):
 # ---------------------------------------------------------------- what layers ask for
 
 
-class _Linear(nn.Cell):
-    def __init__(self):
-        super().__init__(auto_prefix=False)
-        self.matmul = ops.MatMul(transpose_b=True)
-
-    def construct(self, x, weight, bias=None):
-        y = self.matmul(ops.reshape(x, (-1, x.shape[-1])), weight)
-        y = y if bias is None else ops.bias_add(y, bias)
-        return ops.reshape(y, (*x.shape[:-1], y.shape[-1]))
-
-
 class _LayerNorm(nn.Cell):
     def __init__(self, eps):
         super().__init__(auto_prefix=False)
@@ -467,10 +458,6 @@ _ACTIVATIONS = {
     "quick_gelu": _QuickGELU,
     "gelu": lambda: _First(_GELURows()),
 }
-
-
-def linear(*, has_bias):
-    return _Linear()
 
 
 def conv(out_channels, kernel_size, stride, padding):
