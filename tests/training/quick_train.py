@@ -1,4 +1,4 @@
-"""train_textual_inversion.py with a single product for a UNet: it compiles fast, for tests that start many processes."""
+"""train_textual_inversion.py with one product for a UNet: it compiles fast, for tests that start many processes."""
 
 import runpy
 from pathlib import Path

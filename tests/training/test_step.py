@@ -56,7 +56,8 @@ def train(case, *, micro_batch, updates):
         assert [r.updated for r in results] == [False] * (len(parts) - 1) + [True]
         losses.append(np.mean([r.loss for r in results]))
         norms.append(results[-1].grad_norm)
-    changed = [n for n, p in engine.parameters_and_names() if n in frozen and not np.array_equal(frozen[n], p.asnumpy())]
+    now = {n: p.asnumpy() for n, p in engine.parameters_and_names()}
+    changed = [n for n, before in frozen.items() if not np.array_equal(before, now[n])]
     return np.array(losses), np.array(norms), concept.rows(), changed
 
 
