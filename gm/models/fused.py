@@ -109,8 +109,10 @@ def take_profile():
     """What the kernels have cost since the last call.
 
     Returns:
-        dict of kernel -> (calls, seconds, operations of its matrix products).
+        dict of kernel -> (calls, seconds, operations of its matrix products); empty where there are no kernels.
     """
+    if not available():
+        return {}
     text = ctypes.create_string_buffer(1 << 16)
     ctypes.CDLL(library()).TakeAccounts(text, ctypes.c_int64(len(text)))
     lines = (line.split() for line in text.value.decode().splitlines())
