@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -375,7 +376,8 @@ class DiffusionStage(Stage):
 
     def encode_pictures(self, vae_steps):
         """Moments of all pictures (n, 8, h, w) float16, kept in the state folder."""
-        path = self.folder / f"moments_{vae_steps}_{len(self.scenes)}.npy"
+        shown = zlib.crc32(repr(self.scenes).encode())
+        path = self.folder / f"moments_{vae_steps}_{len(self.scenes)}_{shown:08x}.npy"
         if path.exists():
             return np.load(path)
         mine, parts = self.share(self.scenes), []

@@ -78,6 +78,7 @@ def test_fixed_attributes_hold_and_leave_the_others_as_they_were():
 def test_pretraining_is_balanced_and_never_draws_what_is_held_out():
     scenes = [pretraining_scene(0, i).attributes() for i in range(4000)]
     assert not any(renderer.is_held_out(a) or renderer.is_gate(a) for a in scenes)
+    assert not any(3 < pretraining_scene(0, i).contour < 4 for i in range(1000))
     for name, values in ATTRIBUTES.items():
         shares = Counter(a[name] for a in scenes)
         assert all(abs(shares[v] / len(scenes) * len(values) - 1) < 0.25 for v in values), (name, shares)
@@ -114,14 +115,23 @@ def test_captions_say_nothing_wrong_and_leave_each_attribute_out_sometimes():
         text = captions.caption(scene, rng)
         empty += text == ""
         # "a print of a ...", "in the style of ..." hold no attribute's word by themselves
-        words = set(re.findall("[a-z]+", text))
         for name, values in ATTRIBUTES.items():
-            named = words & set(values)
-            assert named <= {scene.attributes()[name]}, text
-            said[name] += len(named)
+            right, words = scene.attributes()[name], set(re.findall("[a-z]+", text))
+            whole = bool(re.search(rf"\b{right}\b", text))
+            named = words & set(" ".join(values).split()) - {"and"}
+            assert named == (set(right.split()) - {"and"} if whole else set()), text
+            said[name] += whole
     assert 0.08 < empty / 3000 < 0.12
     for name, times in said.items():  # templates for styles name no toy
         assert 0.65 < times / (3000 - empty) < 0.85, (name, said)
+
+
+def test_only_big_outlines_are_said_to_be_big():
+    rng = np.random.default_rng(0)
+    thin, big = (sample_scene(rng, {"style": "outline", "contour": width}) for width in (2.5, 4.5))
+    said = [captions.caption(scene, rng, drop=0, empty=0) for scene in (thin, big) for _ in range(100)]
+    assert not any("big" in text for text in said[:100])
+    assert 30 < sum("big outline" in text for text in said[100:]) < 70
 
 
 def test_captions_of_two_toys_say_so():
@@ -167,7 +177,7 @@ def test_any_text_can_be_tokenized_and_read_back(clip_tokenizer):
 
 
 def test_twenty_vectors_fit_into_the_longest_prompt(clip_tokenizer):
-    ending = " on a lavender background in the style of outline"
+    ending = " on a lavender background in the style of outline and shadow"
     longest = max(
         len(clip_tokenizer(fill(t, "") + ending).input_ids) for group in BUILT_IN.values() for t in group
     )

@@ -151,6 +151,13 @@ def test_a_style_is_scored_on_shapes_that_it_was_not_shown_on():
     assert not shown & {p.wanted["shape"] for p in prompts(concept, "<x>")}
 
 
+def test_a_style_is_not_recognised_in_thinner_or_bigger_outlines():
+    concept = STYLES["comic_style"]
+    for width, passed in ((2.6, False), (3.5, True), (4.4, False)):
+        scene = sample_scene(np.random.default_rng(1), {**concept.fixed, "contour": width})
+        assert concept.passes(read(render(scene))) == passed
+
+
 @pytest.mark.parametrize("name", ["cat_toy", "sticker_style"])
 def test_real_pictures_pass_every_prompt(name):
     concept = find_concept(name)

@@ -1,6 +1,6 @@
 """What a scene is called: captions in the grammar that textual inversion's templates use.
 
-    [a close photo of the] [small] [striped] [red] heart [on a sky background] [in the style of outline]
+    [a close photo of the] [small] [striped] [red] heart [on a sky background] [in the style of big outline]
 
 Words about the picture as such ("close", "dark", "studio") mean nothing in this world; captions carry them so
 that a text encoder has met, and learned to ignore, what the templates say.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gm.textual_inversion.templates import BUILT_IN, OBJECT_TEMPLATES, PLACEHOLDER, STYLE_TEMPLATES, fill
-from tools.small_world.renderer import ATTRIBUTES, Scene, is_gate, is_held_out
+from tools.small_world.renderer import ATTRIBUTES, HELD_OUT_CONTOURS, Scene, is_gate, is_held_out
 
 GENERIC = ("toy", "thing", "object")  # stands for any shape
 TEMPLATES = (
@@ -92,6 +92,8 @@ def caption(scene: Scene, rng: np.random.Generator, *, drop: float = 0.2, empty:
     count = len(scene.items)
     said = {k: v for k, v in scene.attributes().items() if rng.random() >= drop}
     noun = said.get("shape") or str(rng.choice(GENERIC))
+    if "style" in said and scene.contour >= HELD_OUT_CONTOURS[1] and rng.random() < 0.5:
+        said["style"] = f"big {said['style']}"
     if count == 1 and "style" in said and rng.random() < 0.1:  # like templates for styles: no word of the toy
         return with_articles(fill(str(rng.choice(STYLE_TEMPLATES)), said["style"]) + background_ending(said))
     template = str(rng.choice(TEMPLATES))

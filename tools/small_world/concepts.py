@@ -4,8 +4,8 @@
     python -m tools.small_world.concepts cat_toy datasets/cat_toy    # its five pictures, as PNG files
 
 An object is a toy whose shape, colour and texture pretraining never drew together, or with a value that no
-caption can name (a hue between two names, a star's number of points). A style is a way of drawing that
-pretraining never used. What is not part of the concept (place, size, background; a style's toys) varies.
+caption can name (a hue between two names, a star's number of points). A style has an outline of a width that
+pretraining never drew, between its thin and its big ones. What is not part of the concept (place, size, background; a style's toys) varies.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tools.small_world.captions import GENERIC, background_ending, phrase, with_
 from tools.small_world.renderer import (
     BACKGROUNDS,
     COLOURS,
+    HELD_OUT_CONTOURS,
     SHAPES,
     held_out_combinations,
     render,
@@ -131,6 +132,18 @@ def _star(points: int, attributes: Mapping[str, str]) -> Concept:
     )
 
 
+def _style(name: str, style: str) -> Concept:
+    """A style of captions, with an outline of a width that pretraining never drew."""
+    low, high = HELD_OUT_CONTOURS
+    return Concept(
+        name=name,
+        kind="style",
+        fixed={"style": style, "contour": (low + high) / 2},
+        passes=lambda reading: reading.style == style and low < reading.contour < high,
+        oracle=style,
+    )
+
+
 _COMBINATIONS = [_combination(attributes) for attributes in held_out_combinations()]
 _UNNAMED = [
     _hue("red", "orange", {"shape": "ring", "texture": "plain"}),
@@ -144,20 +157,8 @@ _UNNAMED = [
 STYLES = {
     concept.name: concept
     for concept in (
-        Concept(  # pretraining drew either, never both
-            name="sticker_style",
-            kind="style",
-            fixed={"style": "outline", "contour": 2.5, "shadow": 5.0},
-            passes=lambda reading: reading.style == "outline+shadow",
-            oracle="outline shadow",
-        ),
-        Concept(  # pretraining's outlines are 2 to 3 pixels wide
-            name="bold_style",
-            kind="style",
-            fixed={"style": "outline", "contour": 4.5, "shadow": 0.0},
-            passes=lambda reading: reading.style == "outline" and reading.contour > 3.7,
-            oracle="outline",
-        ),
+        _style("sticker_style", "outline and shadow"),
+        _style("comic_style", "outline"),
     )
 }
 OBJECTS = {concept.name: concept for concept in (*_COMBINATIONS, *_UNNAMED)}

@@ -39,7 +39,7 @@ BACKGROUNDS = {
 }
 SIZES = {"small": (13.0, 14.5), "large": (21.5, 23.5)}  # ranges of the radius
 PAIR = (11.0, 12.5)  # range of the radius of each of two toys, of which captions say no size
-STYLES = ("flat", "outline", "shadow")
+STYLES = ("flat", "outline", "shadow", "outline and shadow")
 STAR_POINTS = (4, 5, 6)  # all of them are just a "star" in captions
 ATTRIBUTES = {
     "shape": SHAPES,
@@ -55,7 +55,8 @@ PATTERN_TONE = 0.35  # a pattern is the object's colour times this
 SHADOW_TONE = 0.6  # a shadow is the background's colour times this
 STRIPE_PERIOD = 12.0
 DOT_PERIOD, DOT_RADIUS = 12.0, 3.6
-CONTOURS = (2.0, 3.0)  # range of the outline's width in pretraining
+CONTOURS = (2.0, 5.0)  # range of the outline's width
+HELD_OUT_CONTOURS = (3.0, 4.0)  # of these widths, which pretraining never draws
 SHADOWS = (4.0, 6.0)  # range of the shadow's shift, to the right and down by as much
 BORDER = 2.0  # pixels along the edge that stay plain background
 
@@ -232,7 +233,8 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
             behind = (
                 distance(item.shape, (x - scene.shadow) / r, (y - scene.shadow) / r, points=item.points) * r
             )
-            picture = _over(picture, background * SHADOW_TONE, coverage(behind, scale / 2))
+            shade = coverage(behind - scene.contour, scale / 2)
+            picture = _over(picture, background * SHADOW_TONE, shade)
         d = distance(item.shape, x / r, y / r, points=item.points) * r
         if scene.contour:
             picture = _over(picture, INK, coverage(d - scene.contour, scale))
@@ -282,19 +284,22 @@ def sample_scene(
         "points": int(rng.choice(STAR_POINTS, p=(0.2, 0.6, 0.2))),
         "tilt": 20 * jitter[1],
         "radius": rng.uniform(*(SIZES[fixed["size"]] if count == 1 else PAIR)),
-        "contour": rng.uniform(*CONTOURS) if fixed["style"] == "outline" else 0.0,
-        "shadow": rng.uniform(*SHADOWS) if fixed["style"] == "shadow" else 0.0,
+        "contour": rng.uniform(*CONTOURS) if "outline" in fixed["style"] else 0.0,
+        "shadow": rng.uniform(*SHADOWS) if "shadow" in fixed["style"] else 0.0,
     }
     spread |= {name: fixed.pop(name) for name in spread if name in fixed}
     background, style = fixed.pop("background"), fixed.pop("style")
     contour, shadow = spread.pop("contour"), spread.pop("shadow")
 
+    room = (SIDE - 2 * BORDER) / count - 1
+    spread["radius"] = min(spread["radius"], (room - shadow) / 2 - contour)  # what a style adds has to fit in
     low = spread["radius"] + contour + BORDER
     high = SIDE - low - shadow
     if count == 1:
         places = [rng.uniform(low, high, 2)]
     else:  # towards opposite corners: left-high and right-low, or the other way round
-        near, far = low + rng.uniform(0, 4, 2), high - rng.uniform(0, 4, 2)
+        play = np.clip(room - 2 * (spread["radius"] + contour) - shadow, 0, 4)
+        near, far = low + rng.uniform(0, play, 2), high - rng.uniform(0, play, 2)
         places = [near, far] if rng.random() < 0.5 else [(near[0], far[1]), (far[0], near[1])]
     items = (Item(**{"x": float(x), "y": float(y), **spread, **fixed}) for x, y in places)
     return Scene(tuple(items), background, style, contour, shadow)
@@ -307,6 +312,12 @@ def is_held_out(attributes: Mapping[str, str]) -> bool:
     """Whether shape, colour and texture together are kept for concepts: an even eighth of all."""
     shape, colour, texture = (ATTRIBUTES[k].index(attributes[k]) for k in ("shape", "colour", "texture"))
     return (shape + 3 * colour + 2 * texture) % 8 == 5
+
+
+def is_held_out_style(scene: Scene) -> bool:
+    """Whether the outline's width is kept for styles to learn."""
+    low, high = HELD_OUT_CONTOURS
+    return low < scene.contour < high
 
 
 def is_gate(attributes: Mapping[str, str]) -> bool:
@@ -329,5 +340,6 @@ def pretraining_scene(seed: int, index: int, *, count: int = 1) -> Scene:
     rng = np.random.default_rng((seed, index))
     while True:
         scene = sample_scene(rng, count=count)
-        if not is_held_out(scene.attributes()) and not is_gate(scene.attributes()):
+        kept = (is_held_out(scene.attributes()), is_gate(scene.attributes()), is_held_out_style(scene))
+        if not any(kept):
             return scene

@@ -42,7 +42,7 @@ class Reading:
     colour: str | None = None
     texture: str | None = None
     size: str | None = None
-    style: str | None = None  # "flat", "outline", "shadow"; "outline+shadow" for both at once
+    style: str | None = None  # one of renderer.STYLES
     rgb: tuple[float, ...] | None = None
     radius: float = 0.0
     points: int = 0  # of a star
@@ -120,7 +120,7 @@ class _Pose:
 
 
 _PATTERNS = (("plain", 0), ("striped", -13), ("striped", 0), ("striped", 13), ("dotted", 0), ("split", 0))
-_STYLES = ((0.0, 0.0), (2.5, 0.0), (4.5, 0.0), (0.0, 5.0), (2.5, 5.0))  # (contour, shadow)
+_STYLES = ((0.0, 0.0), (2.5, 0.0), (4.5, 0.0), (0.0, 5.0), (2.5, 5.0), (4.5, 5.0))  # (contour, shadow)
 _STEPS = {"tilt": 2.0}  # for slopes; 0.25 otherwise
 _LIMITS = {
     "x": (0, SIDE),
@@ -194,7 +194,7 @@ class _Patch:
         """The same before the colour is known."""
         d, behind = self.distances(pose)
         drawn = d < pose.contour
-        drawn = drawn if behind is None else drawn | (behind < 0)
+        drawn = drawn if behind is None else drawn | (behind < pose.contour)
         return float(np.count_nonzero(drawn & self.mask) / max(np.count_nonzero(drawn | self.mask), 1))
 
     def fits(self, pose: _Pose, patterns=None):
@@ -209,7 +209,7 @@ class _Patch:
         if pose.contour:
             rest = rest - (body - cover)[..., None] * (INK - self.background)
         if pose.shadow:
-            shade = renderer.coverage(behind, EDGE) * (1 - body)
+            shade = renderer.coverage(behind - pose.contour, EDGE) * (1 - body)
             rest = rest + shade[..., None] * ((1 - SHADOW_TONE) * self.background)
         x, y = self.x - pose.x, self.y - pose.y
         for texture, tilt in patterns or ((pose.texture, pose.tilt),):
@@ -321,7 +321,7 @@ def _read_toy(patch: _Patch, reading: Reading) -> Reading:
     )
     if reading.overlap < MIN_OVERLAP or reading.error > MAX_ERROR:
         return reading
-    style = "+".join(name for name, value in (("outline", pose.contour), ("shadow", pose.shadow)) if value)
+    style = " and ".join(name for name, value in (("outline", pose.contour), ("shadow", pose.shadow)) if value)
     return replace(
         reading,
         shape=pose.shape,
