@@ -137,14 +137,14 @@ def _settings(bits):
     return Tensor(np.array(bits, np.int32))
 
 
-def _operator(name, shape, *, outputs=1, variant=""):
+def _operator(name, shape, *, dtype=ms.float32, variant=""):
     """A function of kernels.cc as an operator.
 
     Args:
         shape: gives the output's shape, or a tuple of them, from the inputs' shapes.
+        dtype: of the output, or a tuple of them.
         variant: text that differs where `shape` does; PyNative mode remembers shapes by name and attributes.
     """
-    dtype = (ms.float32,) * outputs if outputs > 1 else ms.float32
     operator = ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot")
     operator.add_prim_attr("variant", variant)
     return operator
@@ -256,17 +256,9 @@ def attention(num_heads, *, causal, dtype):
     """q (b, lq, c), k, v (b, lk, c) -> (b, lq, c); products in bfloat16 or float32, softmax in float32."""
     return _Attention(
         _operator("Attention", lambda q, *_: q),
-        _operator("AttentionGradient", lambda dout, q, k, v, _: (q, k, v), outputs=3),
+        _operator("AttentionGradient", lambda dout, q, k, v, _: (q, k, v), dtype=(ms.float32,) * 3),
         settings(num_heads, causal, dtype == ms.bfloat16),
     )
-
-
-class _Unary(_Kernel):
-    def construct(self, x):
-        return self.operator(x)
-
-    def bprop(self, x, out, dout):
-        return (self.gradient(dout, x),)
 
 
 class _Activation(_Kernel):
@@ -285,12 +277,35 @@ def activation(kind):
     return _Activation(*operators, numbers)
 
 
+class _GEGLU(_Kernel):
+    """Also returns the product before the activation, which the gradient needs, in the weight's precision."""
+
+    def construct(self, x, weight, bias):
+        return self.operator(x, weight, bias)
+
+    def bprop(self, x, weight, bias, out, dout):
+        return self.gradient(dout[0], out[1], weight), ops.zeros_like(weight), ops.zeros_like(bias)
+
+
+class _First(nn.Cell):
+    def __init__(self, cell):
+        super().__init__(auto_prefix=False)
+        self.cell = cell
+
+    def construct(self, x, weight, bias):
+        return self.cell(x, weight, bias)[0]
+
+
 @functools.cache
-def geglu():
-    """x (..., 2c) -> (..., c)."""
-    return _Unary(
-        _operator("GEGLU", lambda x: [*x[:-1], x[-1] // 2]), _operator("GEGLUGradient", lambda dy, x: x)
-    )
+def geglu(*, dtype):
+    """x (..., k), weight (2c, k), bias (2c,) -> (..., c)."""
+    kept = ms.int16 if dtype == ms.bfloat16 else ms.float32
+
+    def shape(x, weight, _):
+        return [*x[:-1], weight[0] // 2], [*x[:-1], weight[0]]
+
+    operator = _operator("GEGLU", shape, dtype=(ms.float32, kept), variant=str(kept))
+    return _First(_GEGLU(operator, _operator("GEGLUGradient", lambda dy, kept, w: [*dy[:-1], w[1]])))
 
 
 class _Enlarge(_Kernel):

@@ -141,6 +141,19 @@ inline bf16 to_bf16(float x) {  // round to nearest, ties to even
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+inline float to_float(float x) { return x; }
+
+inline float to_float(bf16 x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline void store(float x, float& to) { to = x; }
+
+inline void store(float x, bf16& to) { to = to_bf16(x); }
+
 inline void convert(const float* from, bf16* to, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
 }
@@ -659,6 +672,54 @@ void activate_gradient(const float* dy, const float* x, int64_t n, float* dx) {
   });
 }
 
+// ---------------------------------------------------------------- GEGLU
+
+constexpr int64_t GEGLU_BLOCK = 4 << 20;  // numbers of the product at a time
+
+// y = value GELU(gate), where (value, gate) = x W^T + b, which is kept for the gradient.
+template <class T>
+void geglu(int64_t m, int64_t k, int64_t c, const float* x, const T* weight, const float* bias, float* y, T* kept) {
+  const T* source = as_type_of(weight, x, m * k);
+  const int64_t block = std::min(m, std::max<int64_t>(64, GEGLU_BLOCK / (2 * c)));
+  static Scratch<float> scratch;
+  float* both = scratch.get(block * 2 * c);
+  for (int64_t first = 0; first < m; first += block) {
+    const int64_t count = std::min(block, m - first);
+    product('T', count, 2 * c, k, source + first * k, k, weight, k, 0.0f, both, 2 * c, bias);
+    split(count, rows_worth(2 * c), [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; i++) {
+        const float *value = both + i * 2 * c, *gate = value + c;
+        float* out = y + (first + i) * c;
+        for (int64_t j = 0; j < c; j++) out[j] = value[j] * GELU::value(gate[j]);
+        convert(value, kept + (first + i) * 2 * c, 2 * c);
+      }
+    });
+  }
+}
+
+template <class T>
+void geglu_gradient(int64_t m, int64_t k, int64_t c, const float* dy, const T* kept, const T* weight, float* dx) {
+  const int64_t block = std::min(m, std::max<int64_t>(64, GEGLU_BLOCK / (2 * c)));
+  static Scratch<T> scratch;
+  T* slopes = scratch.get(block * 2 * c);
+  for (int64_t first = 0; first < m; first += block) {
+    const int64_t count = std::min(block, m - first);
+    split(count, rows_worth(2 * c), [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; i++) {
+        const T *value = kept + (first + i) * 2 * c, *gate = value + c;
+        const float* up = dy + (first + i) * c;
+        T *dvalue = slopes + i * 2 * c, *dgate = dvalue + c;
+        for (int64_t j = 0; j < c; j++) {
+          const float g = to_float(gate[j]), p = normal_cdf(g);
+          store(up[j] * g * p, dvalue[j]);
+          store(up[j] * to_float(value[j]) * (p + g * normal_pdf(g)), dgate[j]);
+        }
+      }
+    });
+    product('N', count, k, 2 * c, slopes, 2 * c, weight, k, 0.0f, dx + first * k, k, nullptr);
+  }
+}
+
 // ---------------------------------------------------------------- MindSpore's calls
 
 // What a custom operator is called with: inputs, then outputs.
@@ -837,32 +898,22 @@ KERNEL(ActivationGradient, {
                   [&](auto act) { activate_gradient<decltype(act)>(call.f(0), call.f(1), call.size(0), call.f(3)); });
 })
 
-// x (m, 2c) -> (m, c): the first half times GELU of the second
+// x (..., k), weight (2c, k), bias (2c,) -> (..., c), and the product x W^T + b (..., 2c) in the weight's type
 KERNEL(GEGLU, {
-  const int64_t c = call.dim(1, -1);
-  split(call.rows(0), rows_worth(c), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; r++) {
-      const float *value = call.f(0) + r * 2 * c, *gate = value + c;
-      float* y = call.f(1) + r * c;
-      for (int64_t i = 0; i < c; i++) y[i] = value[i] * GELU::value(gate[i]);
-    }
-  });
+  const int64_t m = call.rows(0), k = call.dim(1, 1), c = call.dim(1, 0) / 2;
+  if (call.is_bf16(1))
+    geglu(m, k, c, call.f(0), call.h(1), call.f(2), call.f(3), static_cast<bf16*>(data[4]));
+  else
+    geglu(m, k, c, call.f(0), call.f(1), call.f(2), call.f(3), call.f(4));
 })
 
-// dy (m, c), x (m, 2c) -> dx (m, 2c)
+// dy (..., c), the product (..., 2c), weight (2c, k) -> dx (..., k)
 KERNEL(GEGLUGradient, {
-  const int64_t c = call.dim(0, -1);
-  split(call.rows(0), rows_worth(c), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; r++) {
-      const float *dy = call.f(0) + r * c, *value = call.f(1) + r * 2 * c, *gate = value + c;
-      float *dvalue = call.f(2) + r * 2 * c, *dgate = dvalue + c;
-      for (int64_t i = 0; i < c; i++) {
-        const float p = normal_cdf(gate[i]);
-        dvalue[i] = dy[i] * gate[i] * p;
-        dgate[i] = dy[i] * value[i] * (p + gate[i] * normal_pdf(gate[i]));
-      }
-    }
-  });
+  const int64_t m = call.rows(0), k = call.dim(2, 1), c = call.dim(0, -1);
+  if (call.is_bf16(2))
+    geglu_gradient(m, k, c, call.f(0), call.h(1), call.h(2), call.f(3));
+  else
+    geglu_gradient(m, k, c, call.f(0), call.f(1), call.f(2), call.f(3));
 })
 
 // x (b, h, w, c) -> (b, 2h, 2w, c): each position four times

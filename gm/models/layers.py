@@ -250,6 +250,22 @@ class Linear(nn.Cell):
         return self.product(x, self.weight, self.bias)
 
 
+class GEGLU(nn.Cell):
+    """The first half of x W^T + b times GELU of its second half, on the last axis (Shazeer 2020).
+
+    x: (..., in_features) -> (..., out_features). proj.weight: (2 out_features, in_features).
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.proj = Linear(in_features, 2 * out_features)
+        self.dtype = self.proj.product.dtype
+        self.core = _form().geglu(dtype=_dtype)
+
+    def construct(self, x):
+        return self.core(ops.cast(x, self.dtype), self.proj.weight, self.proj.bias)
+
+
 class Conv2d(nn.Cell):
     """2D convolution of a feature map, zero padded.
 
@@ -345,17 +361,6 @@ class Activation(nn.Cell):
     def __init__(self, kind):
         super().__init__()
         self.core = _form().activation(kind)
-
-    def construct(self, x):
-        return self.core(x)
-
-
-class GEGLU(nn.Cell):
-    """(..., 2C) -> (..., C): the first half times GELU of the second half (Shazeer 2020)."""
-
-    def __init__(self):
-        super().__init__()
-        self.core = _form().geglu()
 
     def construct(self, x):
         return self.core(x)

@@ -125,10 +125,11 @@ class _Activation(nn.Cell):
 class _GEGLU(nn.Cell):
     def __init__(self):
         super().__init__(auto_prefix=False)
+        self.linear = _Linear()
         self.split = ops.Split(-1, 2)
 
-    def construct(self, x):
-        value, gate = self.split(x)
+    def construct(self, x, weight, bias):
+        value, gate = self.split(self.linear(x, weight, bias))
         return value * ops.gelu(gate, approximate="none")
 
 
@@ -167,7 +168,7 @@ def activation(kind):
     return _Activation(kind)
 
 
-def geglu():
+def geglu(*, dtype):
     return _GEGLU()
 
 

@@ -301,6 +301,15 @@ class _GEGLURows(nn.Cell):
         return (ops.concat((dy * (gate * p), dy * value * (p + gate * _normal_pdf(gate))), -1),)
 
 
+class _GEGLU(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.halves = linear(has_bias=True), _GEGLURows()
+
+    def construct(self, x, weight, bias):
+        return self.halves(self.linear(x, weight, bias))[0]
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -480,8 +489,8 @@ def activation(kind):
     return _ACTIVATIONS[kind]()
 
 
-def geglu():
-    return _First(_GEGLURows())
+def geglu(*, dtype):
+    return _GEGLU()
 
 
 def enlarge():

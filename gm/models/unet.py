@@ -68,22 +68,12 @@ class CrossAttention(nn.Cell):
         return self.to_out(self.attention(self.to_q(x), self.to_k(context), self.to_v(context)))
 
 
-class _GEGLUProjection(nn.Cell):
-    def __init__(self, dim, inner_dim):
-        super().__init__()
-        self.proj = Linear(dim, 2 * inner_dim)
-        self.geglu = GEGLU()
-
-    def construct(self, x):
-        return self.geglu(self.proj(x))
-
-
 class FeedForward(nn.Cell):
     """dim -> 4 dim -> dim through GEGLU."""
 
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.SequentialCell(_GEGLUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
+        self.net = nn.SequentialCell(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def construct(self, x):
         return self.net(x)

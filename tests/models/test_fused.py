@@ -46,6 +46,7 @@ def test_linear_in_bfloat16_is_the_product_of_rounded_numbers(mode):
 
 
 HALF = {
+    "geglu": (lambda: layers.GEGLU(24, 16), (2, 5, 24)),
     "conv3x3": (lambda: OnMaps(layers.Conv2d(8, 16, 3, padding=1)), (2, 8, 6, 4)),
     "conv3x3 down": (lambda: OnMaps(layers.Conv2d(8, 16, 3, stride=2, padding=1)), (2, 8, 6, 4)),
     "attention": (lambda: SelfAttention(causal=False), (2, 16, 24)),
@@ -77,7 +78,7 @@ LARGE = {  # more rows than a block of windows, of queries, or of a thread holds
     "attention": (lambda: SelfAttention(causal=False), (1, 1500, 12)),
     "linear": (lambda: layers.Linear(320, 640), (2, 100, 320)),
     "linear of few columns": (lambda: layers.Linear(640, 8), (4000, 640)),
-    "geglu": (layers.GEGLU, (3, 200, 1280)),
+    "geglu": (lambda: layers.GEGLU(64, 640), (1, 4000, 64)),
 }
 
 

@@ -118,7 +118,7 @@ TOKEN_LAYERS = {
     "layer norm": lambda: layers.LayerNorm(6),
     "gelu": lambda: layers.Activation("gelu"),
     "quick gelu": lambda: layers.Activation("quick_gelu"),
-    "geglu": layers.GEGLU,
+    "geglu": lambda: layers.GEGLU(6, 4),
     "attention": lambda: SelfAttention(causal=False),
     "causal attention": lambda: SelfAttention(causal=True),
 }
