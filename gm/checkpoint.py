@@ -9,6 +9,9 @@ tensor.
 import hashlib
 import logging
 import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +71,32 @@ def load_weights(net, path):
     """
     layouts, tensors = file_layouts(net), open_fitting(net, path)
     parameters = dict(net.parameters_and_names())
-    for name, layout in tqdm(
-        layouts.items(), desc=f"Loading {Path(path).name}", unit=" tensors", leave=False
+
+    def read(name):
+        layout = layouts[name]
+        return name, np.ascontiguousarray(layout.pack(tensors[name].astype(layout.dtype).read()))
+
+    made = _in_threads(read, layouts)
+    for name, values in tqdm(
+        made, total=len(layouts), desc=f"Loading {Path(path).name}", unit=" tensors", leave=False
     ):
-        parameter = parameters[name]
-        values = layout.pack(tensors[name].astype(layout.dtype).read())
         # from_numpy and set_data keep this very array: weights are never there twice.
-        parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(values)))
+        parameters[name].set_data(Tensor.from_numpy(values))
+
+
+def _in_threads(function, items, *, threads=4):
+    """map(function, items) by several threads, which are at most `threads` results ahead: each may be large."""
+    items, ahead = iter(items), deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            ahead.extend(pool.submit(function, item) for item in islice(items, threads))
+            while ahead:
+                result = ahead.popleft().result()
+                ahead.extend(pool.submit(function, item) for item in islice(items, 1))
+                yield result
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def open_fitting(net, path):

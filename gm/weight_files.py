@@ -60,6 +60,8 @@ class LazyTensor:
 def _cast(values, dtype):
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
+    if np.can_cast(values.dtype, dtype):
+        return cast
     if not np.isfinite(cast).all() and np.isfinite(values).all():
         raise ValueError(
             f"a value of {np.abs(values).max():g} does not fit {dtype}; keep the weights in float32."

@@ -325,7 +325,7 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 ms.set_device("CPU")
-net = nn.CellList([Linear(2048, 2048) for _ in range(14)] + [Conv2d(768, 768, 3) for _ in range(3)])
+net = nn.CellList([Linear(512, 512) for _ in range(200)] + [Conv2d(192, 192, 3) for _ in range(80)])
 size = sum(4 * p.size for p in net.get_parameters())
 before = status("VmRSS")
 load_weights(net, sys.argv[1])
@@ -337,7 +337,7 @@ print(grown / size)
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_loading_needs_little_more_memory_than_the_model(tmp_path, dtype):
-    layers = {f"{i}.": (2048, 2048) for i in range(14)} | {f"{i}.": (768, 768, 3, 3) for i in range(14, 17)}
+    layers = {f"{i}.": (512, 512) for i in range(200)} | {f"{i}.": (192, 192, 3, 3) for i in range(200, 280)}
     weights = {f"{n}weight": np.ones(shape, dtype) for n, shape in layers.items()}
     save_file(weights | {f"{n}bias": np.ones(shape[0], dtype) for n, shape in layers.items()}, tmp_path / "a")
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "a")]

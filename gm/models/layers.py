@@ -24,6 +24,8 @@ from mindspore.ops import constexpr
 
 from gm.models import fused, native, rows
 
+CACHED = 1 << 16  # numbers that fit into a processor's cache
+
 FORMS = {"native": native, "fused": fused, "rows": rows}
 
 _forced_form = None
@@ -147,7 +149,11 @@ def _file_layout(parameter, shape):
 def to_bfloat16_bits(array):
     """float32 -> int16, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16).view(np.int16)
+    rounded = np.empty(bits.shape, np.uint16)
+    for start in range(0, bits.size, CACHED):
+        part = bits.reshape(-1)[start : start + CACHED]
+        rounded.reshape(-1)[start : start + CACHED] = (part + (0x7FFF + ((part >> 16) & 1))) >> 16
+    return rounded.view(np.int16)
 
 
 def from_bfloat16_bits(bits):
