@@ -158,6 +158,17 @@ class _Kernel(nn.Cell):
         self.operator, self.gradient, self.numbers = operator, gradient, numbers
 
 
+class _First(nn.Cell):
+    """The first result of a kernel; the others are for its gradient."""
+
+    def __init__(self, kernel):
+        super().__init__(auto_prefix=False)
+        self.kernel = kernel
+
+    def construct(self, a, b, c):
+        return self.kernel(a, b, c)[0]
+
+
 class _Product(_Kernel):
     def construct(self, x, weight):
         return self.operator(x, weight)
@@ -251,14 +262,26 @@ class _Attention(_Kernel):
         return self.gradient(dout, q, k, v, self.numbers)
 
 
+class _HalfAttention(_Kernel):
+    """Also returns q, k and v in bfloat16, which is what the gradient needs of them."""
+
+    def construct(self, q, k, v):
+        return self.operator(q, k, v, self.numbers)
+
+    def bprop(self, q, k, v, out, dout):
+        return self.gradient(dout[0], out[1], out[2], out[3], self.numbers)
+
+
 @functools.cache
 def attention(num_heads, *, causal, dtype):
     """q (b, lq, c), k, v (b, lk, c) -> (b, lq, c); products in bfloat16 or float32, softmax in float32."""
-    return _Attention(
-        _operator("Attention", lambda q, *_: q),
-        _operator("AttentionGradient", lambda dout, q, k, v, _: (q, k, v), dtype=(ms.float32,) * 3),
-        settings(num_heads, causal, dtype == ms.bfloat16),
-    )
+    numbers = settings(num_heads, causal)
+    gradient = _operator("AttentionGradient", lambda dout, q, k, v, _: (q, k, v), dtype=(ms.float32,) * 3)
+    if dtype != ms.bfloat16:
+        return _Attention(_operator("Attention", lambda q, *_: q), gradient, numbers)
+    kept = (ms.float32, ms.int16, ms.int16, ms.int16)
+    operator = _operator("Attention", lambda q, k, v, _: (q, q, k, v), dtype=kept, variant="bfloat16")
+    return _First(_HalfAttention(operator, gradient, numbers))
 
 
 class _Activation(_Kernel):
@@ -285,15 +308,6 @@ class _GEGLU(_Kernel):
 
     def bprop(self, x, weight, bias, out, dout):
         return self.gradient(dout[0], out[1], weight), ops.zeros_like(weight), ops.zeros_like(bias)
-
-
-class _First(nn.Cell):
-    def __init__(self, cell):
-        super().__init__(auto_prefix=False)
-        self.cell = cell
-
-    def construct(self, x, weight, bias):
-        return self.cell(x, weight, bias)[0]
 
 
 @functools.cache

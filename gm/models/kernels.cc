@@ -297,10 +297,14 @@ void product(char tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, 
 // The left side of a product in the weights' type.
 const float* as_type_of(const float*, const float* x, int64_t) { return x; }
 
+void convert_all(const float* x, bf16* y, int64_t n) {
+  split(n, GRAIN, [&](int64_t i, int64_t j) { convert(x + i, y + i, j - i); });
+}
+
 const bf16* as_type_of(const bf16*, const float* x, int64_t n) {
   static Scratch<bf16> scratch;
   bf16* y = scratch.get(n);
-  split(n, GRAIN, [&](int64_t i, int64_t j) { convert(x + i, y + i, j - i); });
+  convert_all(x, y, n);
   return y;
 }
 
@@ -591,14 +595,6 @@ inline const bf16* typed(const float* x, bf16* to, int64_t n) {
   return to;
 }
 
-// Whole tensors in T: four at a time are needed.
-inline const float* whole(const float* x, int64_t, int, const float*) { return x; }
-inline const bf16* whole(const float* x, int64_t n, int slot, const bf16*) {
-  static Scratch<bf16> scratch[4];
-  bf16* y = scratch[slot].get(n);
-  split(n, GRAIN, [&](int64_t i, int64_t j) { convert(x + i, y + i, j - i); });
-  return y;
-}
 
 template <class T>
 std::vector<AttentionScratch<T>>& attention_scratch() {
@@ -607,10 +603,7 @@ std::vector<AttentionScratch<T>>& attention_scratch() {
 }
 
 template <class T>
-void attention(const Heads& g, const float* q, const float* k, const float* v, float* out) {
-  const T* none = nullptr;
-  const T *qt = whole(q, g.b * g.lq * g.c, 0, none), *kt = whole(k, g.b * g.lk * g.c, 1, none),
-          *vt = whole(v, g.b * g.lk * g.c, 2, none);
+void attention(const Heads& g, const T* q, const T* k, const T* v, float* out) {
   const int64_t rows = g.rows(), chunks = (g.lq + rows - 1) / rows;
   pool().run(g.b * g.heads * chunks, [&](int64_t task, int worker) {
     auto& scratch = attention_scratch<T>()[worker];
@@ -618,19 +611,17 @@ void attention(const Heads& g, const float* q, const float* k, const float* v, f
     const int64_t h = task / chunks % g.heads, n = task / chunks / g.heads;
     const int64_t at_q = (n * g.lq + first) * g.c + h * g.d, at_k = n * g.lk * g.c + h * g.d;
     float* p = scratch.p.get(rows * g.lk);
-    probabilities(g, qt + at_q, kt + at_k, first, count, p);
+    probabilities(g, q + at_q, k + at_k, first, count, p);
     const T* pt = typed(p, scratch.p_t.get(rows * g.lk), count * g.lk);
-    gemm('N', 'N', count, g.d, g.lk, pt, g.lk, vt + at_k, g.c, 0.0f, out + at_q, g.c);
+    gemm('N', 'N', count, g.d, g.lk, pt, g.lk, v + at_k, g.c, 0.0f, out + at_q, g.c);
   });
 }
 
 // With p = softmax(s): dv = p^T do, ds = p (do v^T - rowsum(p do v^T)) (Dao et al. 2022, appendix B).
 template <class T>
-void attention_gradient(const Heads& g, const float* dout, const float* q, const float* k, const float* v, float* dq,
-                        float* dk, float* dv) {
-  const T* none = nullptr;
-  const T *qt = whole(q, g.b * g.lq * g.c, 0, none), *kt = whole(k, g.b * g.lk * g.c, 1, none),
-          *vt = whole(v, g.b * g.lk * g.c, 2, none), *dot = whole(dout, g.b * g.lq * g.c, 3, none);
+void attention_gradient(const Heads& g, const float* dout, const T* q, const T* k, const T* v, float* dq, float* dk,
+                        float* dv) {
+  const T* up = as_type_of(q, dout, g.b * g.lq * g.c);
   const int64_t rows = g.rows();
   pool().run(g.b * g.heads, [&](int64_t task, int worker) {
     auto& scratch = attention_scratch<T>()[worker];
@@ -640,9 +631,9 @@ void attention_gradient(const Heads& g, const float* dout, const float* q, const
     for (int64_t first = 0; first < g.lq; first += rows) {
       const int64_t count = std::min(rows, g.lq - first), at_q = (n * g.lq + first) * g.c + h * g.d;
       const float beta = first ? 1.0f : 0.0f;
-      probabilities(g, qt + at_q, kt + at_k, first, count, p);
-      gemm('N', 'T', count, g.lk, g.d, dot + at_q, g.c, vt + at_k, g.c, 0.0f, dp, g.lk);
-      gemm('T', 'N', g.lk, g.d, count, typed(p, p_t, count * g.lk), g.lk, dot + at_q, g.c, beta, dv + at_k, g.c);
+      probabilities(g, q + at_q, k + at_k, first, count, p);
+      gemm('N', 'T', count, g.lk, g.d, up + at_q, g.c, v + at_k, g.c, 0.0f, dp, g.lk);
+      gemm('T', 'N', g.lk, g.d, count, typed(p, p_t, count * g.lk), g.lk, up + at_q, g.c, beta, dv + at_k, g.c);
       for (int64_t i = 0; i < count; i++) {
         float *pi = p + i * g.lk, *di = dp + i * g.lk, mean = 0;
 #pragma omp simd reduction(+ : mean)
@@ -650,8 +641,8 @@ void attention_gradient(const Heads& g, const float* dout, const float* q, const
         for (int64_t j = 0; j < g.lk; j++) di[j] = pi[j] * (di[j] - mean) * g.scale();
       }
       const T* ds = typed(dp, ds_t, count * g.lk);
-      gemm('N', 'N', count, g.d, g.lk, ds, g.lk, kt + at_k, g.c, 0.0f, dq + at_q, g.c);
-      gemm('T', 'N', g.lk, g.d, count, ds, g.lk, qt + at_q, g.c, beta, dk + at_k, g.c);
+      gemm('N', 'N', count, g.d, g.lk, ds, g.lk, k + at_k, g.c, 0.0f, dq + at_q, g.c);
+      gemm('T', 'N', g.lk, g.d, count, ds, g.lk, q + at_q, g.c, beta, dk + at_k, g.c);
     }
   });
 }
@@ -865,24 +856,30 @@ KERNEL(GroupNormGradient, {
   });
 })
 
-// q (b, lq, c), k, v (b, lk, c), (heads, causal, in bf16) -> (b, lq, c)
+// q (b, lq, c), k, v (b, lk, c), (heads, causal) -> (b, lq, c); to compute in bf16, with q, k and v in it as well
 KERNEL(Attention, {
   const Heads g{call.dim(0, 0),         call.dim(0, 1),     call.dim(1, 1),
                 call.dim(0, 2),         call.setting(3, 0), call.dim(0, 2) / call.setting(3, 0),
                 call.setting(3, 1) != 0};
-  if (call.setting(3, 2))
-    attention<bf16>(g, call.f(0), call.f(1), call.f(2), call.f(4));
-  else
+  if (count == 5) {
     attention<float>(g, call.f(0), call.f(1), call.f(2), call.f(4));
+  } else {
+    bf16* kept[3];
+    for (int i = 0; i < 3; i++) {
+      kept[i] = static_cast<bf16*>(data[5 + i]);
+      convert_all(call.f(i), kept[i], call.size(i));
+    }
+    attention<bf16>(g, kept[0], kept[1], kept[2], call.f(4));
+  }
 })
 
-// dout, q (b, lq, c), k, v (b, lk, c), settings as above -> dq, dk, dv
+// dout, q (b, lq, c), k, v (b, lk, c), float32 or bf16, settings as above -> dq, dk, dv
 KERNEL(AttentionGradient, {
   const Heads g{call.dim(1, 0),         call.dim(1, 1),     call.dim(2, 1),
                 call.dim(1, 2),         call.setting(4, 0), call.dim(1, 2) / call.setting(4, 0),
                 call.setting(4, 1) != 0};
-  if (call.setting(4, 2))
-    attention_gradient<bf16>(g, call.f(0), call.f(1), call.f(2), call.f(3), call.f(5), call.f(6), call.f(7));
+  if (call.is_bf16(1))
+    attention_gradient<bf16>(g, call.f(0), call.h(1), call.h(2), call.h(3), call.f(5), call.f(6), call.f(7));
   else
     attention_gradient<float>(g, call.f(0), call.f(1), call.f(2), call.f(3), call.f(5), call.f(6), call.f(7));
 })

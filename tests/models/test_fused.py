@@ -55,7 +55,7 @@ HALF = {
 
 
 @pytest.mark.parametrize("layer", HALF)
-def test_layers_in_bfloat16_equal_float32_within_its_rounding(layer):
+def test_layers_in_bfloat16_equal_float32_within_its_rounding(mode, layer):
     make, shape = HALF[layer]
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape).astype(np.float32)
