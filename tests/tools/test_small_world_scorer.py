@@ -82,6 +82,18 @@ def test_numbers_without_names_are_measured():
     assert delta_e(lab(reading.rgb), lab(rgb)) < 3
 
 
+@pytest.mark.parametrize("texture", ["striped", "dotted", "plain"])
+def test_a_pattern_may_stand_anywhere_on_the_toy(texture, monkeypatch):
+    centred = renderer.pattern
+    rng = np.random.default_rng(4)
+    for shift in (-4.0, 3.0, 6.0):
+        scene = sample_scene(rng, {"texture": texture})
+        with monkeypatch.context() as patch:
+            patch.setattr(renderer, "pattern", lambda t, x, y, **k: centred(t, x - shift, y - shift / 2, **k))
+            picture = render(scene)
+        assert accuracy([picture], [scene.attributes()])["all"] == 1, (shift, scene)
+
+
 def test_each_of_two_toys_is_read():
     for scene in scenes(8, seed=5, count=2):
         readings = read_all(render(scene))

@@ -117,9 +117,18 @@ class _Pose:
     shadow: float
     texture: str = "plain"
     tilt: float = 0.0
+    across: float = 0.0  # by which the pattern is shifted: the renderer centres it, but it is no other pattern then
+    down: float = 0.0
 
 
-_PATTERNS = (("plain", 0), ("striped", -13), ("striped", 0), ("striped", 13), ("dotted", 0), ("split", 0))
+_QUARTER = renderer.STRIPE_PERIOD / 4
+_PATTERNS = (  # texture, tilt, across, down
+    ("plain", 0, 0, 0),
+    *(("striped", tilt, across, 0) for tilt in (-13, 0, 13) for across in _QUARTER * np.arange(-1, 3)),
+    *(("dotted", 0, across, down) for across in (0, 2 * _QUARTER) for down in (0, 2 * _QUARTER)),
+    ("split", 0, 0, 0),
+)
+_PATTERN_NUMBERS = {"striped": ("tilt", "across"), "dotted": ("across", "down")}  # that are fitted
 _STYLES = ((0.0, 0.0), (2.5, 0.0), (4.5, 0.0), (0.0, 5.0), (2.5, 5.0), (4.5, 5.0))  # (contour, shadow)
 _STEPS = {"tilt": 2.0}  # for slopes; 0.25 otherwise
 _LIMITS = {
@@ -129,6 +138,8 @@ _LIMITS = {
     "contour": (1.2, 7.0),
     "shadow": (3.5, 9.0),
     "tilt": (-30, 30),
+    "across": (-9, 9),
+    "down": (-9, 9),
 }
 
 
@@ -212,8 +223,9 @@ class _Patch:
             shade = renderer.coverage(behind - pose.contour, EDGE) * (1 - body)
             rest = rest + shade[..., None] * ((1 - SHADOW_TONE) * self.background)
         x, y = self.x - pose.x, self.y - pose.y
-        for texture, tilt in patterns or ((pose.texture, pose.tilt),):
-            weight = cover * (1 - (1 - PATTERN_TONE) * renderer.pattern(texture, x, y, tilt=tilt, scale=EDGE))
+        for texture, tilt, across, down in patterns or ((pose.texture, pose.tilt, pose.across, pose.down),):
+            dark = renderer.pattern(texture, x - across, y - down, tilt=tilt, scale=EDGE)
+            weight = cover * (1 - (1 - PATTERN_TONE) * dark)
             rgb = np.tensordot(weight, rest, 2) / max(float((weight * weight).sum()), 1e-6)
             rgb = rgb.clip(0, 255)
             yield rest - weight[..., None] * rgb, rgb
@@ -234,16 +246,16 @@ class _Patch:
 
     def best_pattern(self, pose: _Pose) -> _Pose:
         errors = [self.error(remainder) for remainder, _ in self.fits(pose, _PATTERNS)]
-        texture, tilt = _PATTERNS[int(np.argmin(errors))]
-        return replace(pose, texture=texture, tilt=tilt)
+        texture, tilt, across, down = _PATTERNS[int(np.argmin(errors))]
+        return replace(pose, texture=texture, tilt=tilt, across=across, down=down)
 
     def refine(self, pose: _Pose, *, steps: int) -> tuple[float, _Pose]:
-        """Gauss-Newton on place, radius and the style's numbers; the colour follows by itself.
+        """Gauss-Newton on place, radius and the numbers of style and pattern; the colour follows by itself.
 
         Returns the error, for ranking, and the better pose.
         """
         names = ["x", "y", "radius", *(n for n in ("contour", "shadow") if getattr(pose, n))]
-        names += ["tilt"] if pose.texture == "striped" else []
+        names += _PATTERN_NUMBERS.get(pose.texture, ())
         remainder, _ = next(self.fits(pose))
         for _ in range(steps):
             slopes = []
