@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from tools.small_world import concepts
+from tools.small_world import concepts, renderer
 from tools.small_world.concepts import OBJECTS, SHIPPED, STYLES, find_concept, judge, prompts, real_picture
 from tools.small_world.renderer import ATTRIBUTES, COLOURS, render, sample_scene
 from tools.small_world.scorer import accuracy, delta_e, lab, read, read_all
@@ -87,7 +87,7 @@ def test_a_pattern_may_stand_anywhere_on_the_toy(texture, monkeypatch):
     centred = renderer.pattern
     rng = np.random.default_rng(4)
     for shift in (-4.0, 3.0, 6.0):
-        scene = sample_scene(rng, {"texture": texture})
+        scene = sample_scene(rng, {"texture": texture, "shape": "circle", "size": "large"})
         with monkeypatch.context() as patch:
             patch.setattr(renderer, "pattern", lambda t, x, y, **k: centred(t, x - shift, y - shift / 2, **k))
             picture = render(scene)
@@ -164,10 +164,11 @@ def test_a_style_is_scored_on_shapes_that_it_was_not_shown_on():
 
 
 def test_a_style_is_not_recognised_in_thinner_or_bigger_outlines():
-    concept = STYLES["comic_style"]
-    for width, passed in ((2.6, False), (3.5, True), (4.4, False)):
-        scene = sample_scene(np.random.default_rng(1), {**concept.fixed, "contour": width})
-        assert concept.passes(read(render(scene))) == passed
+    for name, widths in (("comic_style", {3.9: False, 5.5: True}), ("ink_style", {2.6: False, 3.5: True, 4.4: False})):
+        concept = STYLES[name]
+        for width, passed in widths.items():
+            scene = sample_scene(np.random.default_rng(1), {**concept.fixed, "contour": width})
+            assert concept.passes(read(render(scene))) == passed
 
 
 @pytest.mark.parametrize("name", ["cat_toy", "sticker_style"])

@@ -125,7 +125,7 @@ _QUARTER = renderer.STRIPE_PERIOD / 4
 _PATTERNS = (  # texture, tilt, across, down
     ("plain", 0, 0, 0),
     *(("striped", tilt, across, 0) for tilt in (-13, 0, 13) for across in _QUARTER * np.arange(-1, 3)),
-    *(("dotted", 0, across, down) for across in (0, 2 * _QUARTER) for down in (0, 2 * _QUARTER)),
+    *(("dotted", 0, _QUARTER * i, _QUARTER * j) for i in range(-1, 3) for j in range(-1, 3) if (i + j) % 2 == 0),
     ("split", 0, 0, 0),
 )
 _PATTERN_NUMBERS = {"striped": ("tilt", "across"), "dotted": ("across", "down")}  # that are fitted
