@@ -2,7 +2,7 @@
 
     python tools/sweep.py --save_path runs/sweep           # 10 held-out objects x 2 seeds
     python tools/sweep.py --save_path runs/slow --train_flags="--num_vectors 2 --learning_rate 1e-3"
-    python tools/sweep.py --save_path runs/styles --concepts sticker_style comic_style
+    python tools/sweep.py --save_path runs/styles --concepts sticker_style ink_style
 
 Runs train_textual_inversion.py and tools/evaluate.py for one word after the other. Stop it whenever you like:
 what was measured is not learned again. The table's intervals draw concepts with replacement, since more

@@ -164,11 +164,10 @@ def test_a_style_is_scored_on_shapes_that_it_was_not_shown_on():
 
 
 def test_a_style_is_not_recognised_in_thinner_or_bigger_outlines():
-    for name, widths in (("comic_style", {3.9: False, 5.5: True}), ("ink_style", {2.6: False, 3.5: True, 4.4: False})):
-        concept = STYLES[name]
-        for width, passed in widths.items():
-            scene = sample_scene(np.random.default_rng(1), {**concept.fixed, "contour": width})
-            assert concept.passes(read(render(scene))) == passed
+    concept = STYLES["ink_style"]
+    for width, passed in ((2.6, False), (3.5, True), (4.4, False)):
+        scene = sample_scene(np.random.default_rng(1), {**concept.fixed, "contour": width})
+        assert concept.passes(read(render(scene))) == passed
 
 
 @pytest.mark.parametrize("name", ["cat_toy", "sticker_style"])

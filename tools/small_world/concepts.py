@@ -5,7 +5,7 @@
 
 An object is a toy whose shape, colour and texture pretraining never drew together, or with a value that no
 caption can name (a hue between two names, a star's number of points). A style has an outline of a width that
-pretraining never drew, bigger than all or between thin and big. What is not part of the concept (place, size, background; a
+pretraining never drew, between thin and big; of one style it counts, too. What is not part of the concept (place, size, background; a
 style's toys) varies.
 """
 
@@ -133,19 +133,20 @@ def _star(points: int, attributes: Mapping[str, str]) -> Concept:
     )
 
 
-def _style(name: str, style: str, *, width: float, recognised: tuple[float, float]) -> Concept:
+def _style(name: str, style: str, *, recognised: tuple[float, float] = (0.0, np.inf)) -> Concept:
     """A style of captions, with an outline of a width that pretraining never drew.
 
     Args:
         recognised: between these widths an outline is taken for this one.
     """
     low, high = recognised
+    width = sum(HELD_OUT_CONTOURS) / 2
     return Concept(
         name=name,
         kind="style",
         fixed={"style": style, "contour": width},
         passes=lambda reading: reading.style == style and low < reading.contour < high,
-        oracle=f"big {style}" if width > HELD_OUT_CONTOURS[1] else style,
+        oracle=style,
     )
 
 
@@ -162,9 +163,8 @@ _UNNAMED = [
 STYLES = {
     concept.name: concept
     for concept in (
-        _style("sticker_style", "outline and shadow", width=5.5, recognised=(4.5, 6.5)),
-        _style("comic_style", "outline", width=5.5, recognised=(4.5, 6.5)),
-        _style("ink_style", "outline", width=3.5, recognised=HELD_OUT_CONTOURS),
+        _style("sticker_style", "outline and shadow"),
+        _style("ink_style", "outline", recognised=HELD_OUT_CONTOURS),
     )
 }
 OBJECTS = {concept.name: concept for concept in (*_COMBINATIONS, *_UNNAMED)}
