@@ -5,8 +5,8 @@
 
 An object is a toy whose shape, colour and texture pretraining never drew together, or with a value that no
 caption can name (a hue between two names, a star's number of points). A style has an outline of a width that
-pretraining never drew, between thin and big; of one style it counts, too. What is not part of the concept (place, size, background; a
-style's toys) varies.
+pretraining never drew, between thin and big; for one style it counts, too. What is not part of the concept (place,
+size, background; a style's toys) varies.
 """
 
 from __future__ import annotations
