@@ -32,8 +32,12 @@ def random_values(name, shape, dtype, seed):
         return np.full(shape, 1.0 if name.endswith(".weight") else 0.0, dtype)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     std = 1 / math.sqrt(math.prod(shape[1:]))
-    size = math.prod(shape)
-    return np.resize((std * rng.standard_normal(min(size, PERIOD), np.float32)).astype(dtype), shape)
+    values = np.empty(math.prod(shape), dtype)
+    drawn = (std * rng.standard_normal(min(values.size, PERIOD), np.float32)).astype(dtype)
+    for start in range(0, values.size, PERIOD):
+        part = values[start : start + PERIOD]
+        part[:] = drawn[: part.size]
+    return values.reshape(shape)
 
 
 def random_weights(config, dst, *, dtype="fp16", seed=0):
