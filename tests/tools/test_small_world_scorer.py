@@ -1,5 +1,6 @@
 """The scorer reads what the renderer drew, and the measures of learned concepts follow from it."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,10 @@ def test_numbers_without_names_are_measured():
     assert delta_e(lab(reading.rgb), lab(rgb)) < 3
 
 
+def shifted_pattern(pattern, shift, texture, x, y, **numbers):
+    return pattern(texture, x - shift, y - shift / 2, **numbers)
+
+
 @pytest.mark.parametrize("texture", ["striped", "dotted", "plain"])
 def test_a_pattern_may_stand_anywhere_on_the_toy(texture, monkeypatch):
     centred = renderer.pattern
@@ -89,7 +94,7 @@ def test_a_pattern_may_stand_anywhere_on_the_toy(texture, monkeypatch):
     for shift in (-4.0, 3.0, 6.0):
         scene = sample_scene(rng, {"texture": texture, "shape": "circle", "size": "large"})
         with monkeypatch.context() as patch:
-            patch.setattr(renderer, "pattern", lambda t, x, y, **k: centred(t, x - shift, y - shift / 2, **k))
+            patch.setattr(renderer, "pattern", functools.partial(shifted_pattern, centred, shift))
             picture = render(scene)
         assert accuracy([picture], [scene.attributes()])["all"] == 1, (shift, scene)
 
