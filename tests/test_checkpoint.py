@@ -313,6 +313,17 @@ def test_what_other_formats_leave_out_is_made_again():
             assert full[name].dtype == original[name].dtype and full[name].shape == original[name].shape
 
 
+def test_threads_keep_the_order_stay_close_and_pass_errors_on():
+    made = []
+    results = checkpoint._in_threads(lambda n: made.append(n) or 1 / (20 - n), range(40), threads=3)
+    for number in range(20):
+        assert next(results) == 1 / (20 - number)
+        assert len(made) <= number + 1 + 3
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert len(made) <= 20 + 1 + 3
+
+
 MEASURE = """
 import sys
 import mindspore as ms

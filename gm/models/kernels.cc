@@ -595,7 +595,6 @@ inline const bf16* typed(const float* x, bf16* to, int64_t n) {
   return to;
 }
 
-
 template <class T>
 std::vector<AttentionScratch<T>>& attention_scratch() {
   static std::vector<AttentionScratch<T>> of(pool().size);
