@@ -35,8 +35,8 @@ class RuntimeArgs:
     device_target: str = "auto"  # CPU, Ascend, or auto: Ascend where there is one
     ms_mode: str = "graph"  # graph (compiled) or pynative (operator by operator, for debugging)
     jit_level: str | None = None  # MindSpore's O0, O1 or O2 graph optimisation; None is its default
-    # O0: float32; O2: float16 text encoders and UNet; bf16, CPU only: their matrices in bfloat16; auto: O2 on Ascend,
-    # O0 on CPU
+    # O0: float32; O2: float16 text encoders and UNet; bf16, CPU only: their matrices and the decoder's in bfloat16;
+    # auto: O2 on Ascend, O0 on CPU
     ms_amp_level: str = "auto"
     is_parallel: bool = False  # one process of several, started by mpirun or msrun
     flash_attention: bool = False  # Ascend's fused attention kernel
@@ -53,8 +53,8 @@ def add_runtime_flags(parser):
                        help="0: graph mode, compiled; 1: PyNative, for debugging (default 0)")  # fmt: skip
     group.add_argument("--jit_level", choices=("O0", "O1", "O2"), default=None, help="MindSpore's graph optimisation")
     group.add_argument("--ms_amp_level", choices=AMP_LEVELS, default=default.ms_amp_level,
-                       help="O0: float32; O2: float16, bf16 (CPU): matrices in bfloat16, autoencoder float32 in both "
-                       "(default: O2 on Ascend, O0 on CPU)")  # fmt: skip
+                       help="O0: float32; O2: float16, the autoencoder float32; bf16 (CPU): matrices in bfloat16, the "
+                       "autoencoder's encoder float32 (default: O2 on Ascend, O0 on CPU)")  # fmt: skip
     group.add_argument("--flash_attention", type=flag, default=False, help="Ascend's fused attention (default False)")
     group.add_argument("--seed", type=int, default=default.seed, help=f"default {default.seed}")
     return group
@@ -71,7 +71,7 @@ class Runtime:
     """What a started process knows of itself."""
 
     device: str  # CPU or Ascend
-    dtype: object  # of text encoders and UNet: ms.float32, ms.float16 or ms.bfloat16
+    dtype: object  # ms.float32, ms.float16 or ms.bfloat16, for gm.models.layers.parameter_dtype
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -176,7 +176,7 @@ def describe(runtime, args):
     """One line for the log."""
     precision = {
         ms.float16: "float16 (autoencoder float32)",
-        ms.bfloat16: "matrices in bfloat16 (autoencoder float32)",
+        ms.bfloat16: "matrices in bfloat16 (the autoencoder's encoder float32)",
     }.get(runtime.dtype, "float32")
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
     return f"{runtime.device}, {args.ms_mode} mode, {precision}, seed {runtime.seed}{ranks}; MindSpore {ms.__version__}"

@@ -103,7 +103,7 @@ def nearest(name, known):
 ANYTHING = object()
 _OTHER_RUN = "it belongs to the other project's way of running"
 _OTHER_UNET = "only SDXL's form of the network is built"
-_FP32 = "the autoencoder always computes in float32"
+_FP32 = "the autoencoder computes in float32, and its decoder in bfloat16 with --ms_amp_level bf16"
 _FROZEN = "all weights but the learned rows are frozen"
 _SEPARATE = "weights are loaded by --weight"
 _NO_DROP = "captions are not dropped when a word is learned"

@@ -203,7 +203,7 @@ def test_keys_without_effect_are_logged_once_with_the_reason(caplog, monkeypatch
     lines = [r.getMessage() for r in caplog.records if "disable_first_stage_autocast" in r.getMessage()]
     assert lines == [
         "model.params.disable_first_stage_autocast in the config has no effect: "
-        "the autoencoder always computes in float32."
+        "the autoencoder computes in float32, and its decoder in bfloat16 with --ms_amp_level bf16."
     ]
 
 

@@ -1,6 +1,7 @@
 """SDXL's autoencoder (Rombach et al. 2022, sec. 3.1): pictures to latents eight times smaller, and back.
 
-Always float32: SDXL's weights overflow in float16.
+Float32 where the rest is float16, in which SDXL's weights overflow. bfloat16 has float32's range, so the decoder's
+matrices may be in it; the encoder's stay float32, since what it gives is learned from.
 """
 
 import mindspore as ms
@@ -11,6 +12,7 @@ from gm.models.layers import (
     Conv2d,
     GroupNorm,
     Upsample,
+    current_dtype,
     from_feature_map,
     from_tokens,
     parameter_dtype,
@@ -169,8 +171,9 @@ class AutoencoderKL(nn.Cell):
         z_channels = dd["z_channels"]
         with parameter_dtype(ms.float32):
             self.encoder = Encoder(**shared, in_channels=dd["in_channels"], z_channels=z_channels)
-            self.decoder = Decoder(**shared, out_ch=dd["out_ch"], z_channels=z_channels)
             self.quant_conv = Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        with parameter_dtype(ms.bfloat16 if current_dtype() == ms.bfloat16 else ms.float32):
+            self.decoder = Decoder(**shared, out_ch=dd["out_ch"], z_channels=z_channels)
             self.post_quant_conv = Conv2d(embed_dim, z_channels, 1)
         self.embed_dim = embed_dim
         self.downsampling = 2 ** (len(dd["ch_mult"]) - 1)

@@ -273,24 +273,31 @@ void gemm(char ta, char tb, int64_t m, int64_t n, int64_t k, const bf16* a, int6
   refused |= dnnl_threadpool_interop_gemm_bf16bf16f32(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc, nullptr);
 }
 
-// The same on all threads, with a bias (n,) or null. Columns are shared out, so that weights are read once; rows where
-// there are few columns.
+// The same with a bias (n,) or null.
+template <class T>
+void multiply(char tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float beta,
+              float* c, int64_t ldc, const float* bias) {
+  gemm('N', tb, m, n, k, a, lda, b, ldb, beta, c, ldc);
+  if (!bias) return;
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) c[i * ldc + j] += bias[j];
+}
+
+// The same on all threads. Columns are shared out, so that weights are read once; rows where there are few columns.
 template <class T>
 void product(char tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float beta,
              float* c, int64_t ldc, const float* bias) {
-  auto part = [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    gemm('N', tb, m1 - m0, n1 - n0, k, a + m0 * lda, lda, b + (tb == 'T' ? n0 * ldb : n0), ldb, beta, c + m0 * ldc + n0,
-         ldc);
-    if (!bias) return;
-    for (int64_t i = m0; i < m1; i++)
-      for (int64_t j = n0; j < n1; j++) c[i * ldc + j] += bias[j];
-  };
   const int64_t grain = 1 + (1 << 20) / (m * k + 1);  // columns that are worth another thread
   if (n >= 64 * pool().size || m < 32) {
-    split((n + 15) / 16, (std::max<int64_t>(grain, 32) + 15) / 16,
-          [&](int64_t i, int64_t j) { part(0, m, 16 * i, std::min(n, 16 * j)); });
+    split((n + 15) / 16, (std::max<int64_t>(grain, 32) + 15) / 16, [&](int64_t i, int64_t j) {
+      const int64_t n0 = 16 * i, n1 = std::min(n, 16 * j);
+      multiply(tb, m, n1 - n0, k, a, lda, b + (tb == 'T' ? n0 * ldb : n0), ldb, beta, c + n0, ldc,
+               bias ? bias + n0 : nullptr);
+    });
   } else {
-    split(m, 1 + (1 << 20) / (n * k + 1), [&](int64_t i, int64_t j) { part(i, j, 0, n); });
+    split(m, 1 + (1 << 20) / (n * k + 1), [&](int64_t i, int64_t j) {
+      multiply(tb, j - i, n, k, a + i * lda, lda, b, ldb, beta, c + i * ldc, ldc, bias);
+    });
   }
 }
 
@@ -314,30 +321,48 @@ struct Geometry {
   int64_t b, h, w, c, oh, ow, o, k, stride, top, left;
 };
 
-// y (b, oh, ow, o) = windows of x (b, h, w, c) times weight (o, k k c), some rows of windows at a time.
+// The windows of x (b, h, w, c) at `count` positions of the output, counted in reading order, one a row of `to`.
+template <class T>
+void gather_windows(const Geometry& g, const T* x, int64_t first, int64_t count, T* to) {
+  for (int64_t row = first; row < first + count; row++) {
+    const int64_t n = row / (g.oh * g.ow), oy = row / g.ow % g.oh, ox = row % g.ow;
+    for (int64_t ky = 0; ky < g.k; ky++)
+      for (int64_t kx = 0; kx < g.k; kx++, to += g.c) {
+        const int64_t iy = oy * g.stride + ky - g.top, ix = ox * g.stride + kx - g.left;
+        if (iy < 0 || iy >= g.h || ix < 0 || ix >= g.w)
+          std::memset(to, 0, g.c * sizeof(T));
+        else
+          std::memcpy(to, x + ((n * g.h + iy) * g.w + ix) * g.c, g.c * sizeof(T));
+      }
+  }
+}
+
+constexpr int64_t MANY_WINDOWS = 4 << 20, WINDOWS_OF_A_THREAD = 1 << 20;  // numbers
+
+// y (b, oh, ow, o) = windows of x (b, h, w, c) times weight (o, k k c). Large maps are shared out by position, and each
+// thread gathers windows that stay in its cache; for small ones the weights are more, and shared out by `product`.
 template <class T>
 void convolve(const Geometry& g, const float* x, const T* weight, const float* bias, float* y) {
-  const int64_t width = g.k * g.k * g.c, rows = g.b * g.oh * g.ow;
+  const int64_t width = g.k * g.k * g.c, rows = g.b * g.oh * g.ow, threads = pool().size;
   const T* source = as_type_of(weight, x, g.b * g.h * g.w * g.c);
-  const int64_t block = std::min(rows, std::max<int64_t>(256, (4 << 20) / width));
+  if (rows >= 2 * threads * g.o) {
+    const int64_t block = std::min(std::max<int64_t>(64, WINDOWS_OF_A_THREAD / width), (rows + threads - 1) / threads);
+    static std::vector<Scratch<T>> scratch(threads);
+    pool().run((rows + block - 1) / block, [&](int64_t task, int worker) {
+      const int64_t first = task * block, count = std::min(block, rows - first);
+      T* windows = scratch[worker].get(block * width);
+      gather_windows(g, source, first, count, windows);
+      multiply('T', count, g.o, width, windows, width, weight, width, 0.0f, y + first * g.o, g.o, bias);
+    });
+    return;
+  }
+  const int64_t block = std::min(rows, std::max<int64_t>(256, MANY_WINDOWS / width));
   static Scratch<T> scratch;
   T* windows = scratch.get(block * width);
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t count = std::min(block, rows - first);
-    split(count, rows_worth(width), [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; i++) {
-        const int64_t row = first + i, n = row / (g.oh * g.ow), oy = row / g.ow % g.oh, ox = row % g.ow;
-        T* to = windows + i * width;
-        for (int64_t ky = 0; ky < g.k; ky++)
-          for (int64_t kx = 0; kx < g.k; kx++, to += g.c) {
-            const int64_t iy = oy * g.stride + ky - g.top, ix = ox * g.stride + kx - g.left;
-            if (iy < 0 || iy >= g.h || ix < 0 || ix >= g.w)
-              std::memset(to, 0, g.c * sizeof(T));
-            else
-              std::memcpy(to, source + ((n * g.h + iy) * g.w + ix) * g.c, g.c * sizeof(T));
-          }
-      }
-    });
+    split(count, rows_worth(width),
+          [&](int64_t i, int64_t j) { gather_windows(g, source, first + i, j - i, windows + i * width); });
     product('T', count, g.o, width, windows, width, weight, width, 0.0f, y + first * g.o, g.o, bias);
   }
 }

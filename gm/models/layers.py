@@ -58,6 +58,11 @@ def parameter_dtype(dtype):
         _dtype = before
 
 
+def current_dtype():
+    """The `parameter_dtype` of layers built now."""
+    return _dtype
+
+
 def form_name():
     """The form of layers built now."""
     if _forced_form:

@@ -88,6 +88,15 @@ def test_large_layers_equal_their_plain_form(layer):
     assert_forms_agree(make, shape, forms=("fused",))
 
 
+def test_a_convolution_with_more_weights_than_positions_equals_the_rows_form():
+    rng = np.random.default_rng(1)
+    x, dy = (rng.standard_normal((1, c, 30, 32)).astype(np.float32) for c in (512, 512))
+    make = lambda: OnMaps(layers.Conv2d(512, 512, 3, padding=1))  # noqa: E731
+    expected, found = (run(form, make, x, dy) for form in ("rows", "fused"))
+    for name in ("y", "dx"):
+        assert np.abs(found[name] - expected[name]).max() <= 2e-5 * np.abs(expected[name]).max(), name
+
+
 def test_gelu_is_exact_to_float32():
     x = np.linspace(-8, 8, 4001, dtype=np.float32)
     with layers.forced_form("fused"):

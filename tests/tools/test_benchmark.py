@@ -56,6 +56,13 @@ def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path, capsys):
     assert any("| broken | 128 " in line and "| 0.5 " in line for line in lines)
 
 
+def test_weights_are_read_from_the_file_that_is_named(tmp_path):
+    file = tmp_path / "broken.safetensors"
+    file.write_bytes(b"no weights")
+    (failed,) = benchmark.main([*FLAGS, *ONCE, "--task", "train", "--weight", str(file)])
+    assert "broken.safetensors is neither" in failed["error"]
+
+
 @pytest.mark.parametrize(
     "returncode, stderr, said",
     [
@@ -107,6 +114,8 @@ def test_a_cache_is_empty_or_filled_by_the_same_case_and_never_the_users(tmp_pat
         (["--batch", "0"], "--batch 0"),
         (["--steps", "0"], "--steps 0"),
         (["--model", "nowhere.yaml"], "nowhere.yaml"),
+        (["--weight", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--model", "small", "full", "--weight", "."], "one model"),
     ],
 )
 def test_impossible_flags_are_named(flags, said):

@@ -38,7 +38,7 @@ PRECISIONS = {"fp32": {"ms_amp_level": "O0"}, "bf16": {"ms_amp_level": "bf16"}}
 @dataclass(frozen=True)
 class Model:
     config: Path  # YAML of the model
-    weights: Path | None  # None: random numbers, made in memory
+    weights: Path | None  # None: random numbers, made in memory unless --weight names a file
     sides: tuple  # of pictures, pixels
     steps: int = 5  # of training that are timed
 
@@ -76,6 +76,7 @@ class Case:
     cache: str  # of CACHES
     repeats: int  # steps or drawings that are timed
     sampling_steps: int  # a picture
+    weight: str | None = None  # file of the model's weights; None: as find_model says
 
 
 # ---------------------------------------------------------------- in the process that measures
@@ -218,6 +219,8 @@ def add_case_flags(parser, precisions):
     add("--task", nargs="+", choices=TASKS, default=TASKS, help="default: both")
     add("--model", nargs="+", type=_model_name, default=["small"],
         help="small, full (SDXL base with random weights), or the YAML file of a model (default small)")  # fmt: skip
+    add("--weight", type=Path, help="file of the model's weights (default: the small model's; random numbers, made in "
+        "memory, for others; tools/random_weights.py writes a file of them)")  # fmt: skip
     add("--side", nargs="+", type=int, help="of pictures, pixels (default 64 for small; 256 512 1024 for full)")
     add("--batch", nargs="+", type=int, default=[1, 2, 4], help="pictures at a time (default 1 2 4)")
     add("--precision", nargs="+", choices=precisions, default=list(precisions), help="default: all")
@@ -247,12 +250,17 @@ def make_cases(args, precisions, caches):
     for side in args.side or ():
         if side < 64 or side % 64:
             raise ValueError(f"--side {side}: it must be a multiple of 64 pixels.")
+    if args.weight and len(args.model) > 1:
+        raise ValueError(f"--weight {args.weight} is of one model; give --model one name.")
+    if args.weight and not args.weight.exists():
+        raise FileNotFoundError(f"--weight '{args.weight}' does not exist.")
+    weight = str(args.weight.resolve()) if args.weight else None
     cases = []
     for name in args.model:
         model = find_model(name)
         repeats = {"train": args.steps or model.steps, "sample": args.pictures}
         settings = itertools.product(args.task, args.side or model.sides, args.batch, precisions, caches)
-        cases += [Case(task, name, *setting, repeats[task], args.sampling_steps) for task, *setting in settings]
+        cases += [Case(task, name, *setting, repeats[task], args.sampling_steps, weight) for task, *setting in settings]
     return cases
 
 

@@ -32,10 +32,10 @@ def make_engine(case, clock):
     with parameter_dtype(runtime.dtype):
         engine = build_engine(model.config)
     clock.lap("build")
-    if model.weights is None:
-        load_random(engine)
+    if weights := case.weight or model.weights:
+        checkpoint.load_weights(engine, weights)
     else:
-        checkpoint.load_weights(engine, model.weights)
+        load_random(engine)
     clock.lap("load")
     return engine, runtime
 
