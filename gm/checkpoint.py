@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
@@ -23,6 +24,8 @@ from gm.models.layers import file_layouts
 from gm.weight_files import LazyTensor, in_memory, open_weights
 
 logger = logging.getLogger(__name__)
+
+BLOCK = 1 << 18  # numbers that are read and converted at a time, in the processor's cache
 
 # In real files, and without a use here (regular expressions of whole names, original ones).
 UNUSED = re.compile(
@@ -73,8 +76,11 @@ def load_weights(net, path):
     parameters = dict(net.parameters_and_names())
 
     def read(name):
-        layout = layouts[name]
-        return name, np.ascontiguousarray(layout.pack(tensors[name].astype(layout.dtype).read()))
+        layout, parameter = layouts[name], parameters[name]
+        values = np.empty(parameter.shape, ms.dtype_to_nptype(parameter.dtype))
+        for index, block in tensors[name].astype(layout.dtype).blocks(BLOCK):
+            values[index] = layout.pack(block)
+        return name, values
 
     made = _in_threads(read, layouts)
     for name, values in tqdm(

@@ -16,6 +16,7 @@ Every size that the file declares is checked against the file's length before it
 
 import itertools
 import json
+import math
 import mmap
 from dataclasses import dataclass
 from math import prod
@@ -75,27 +76,43 @@ def read_ckpt_metadata(path):
     return _read_index(path)[1]
 
 
-def read_ckpt_entry(path, entry):
-    """Read one value.
+def read_ckpt_entry(path, entry, first=0, last=None):
+    """Read one value, or a tensor's rows from `first` to before `last`.
 
     Args:
         path: the .ckpt from whose index the entry comes.
         entry: CkptEntry.
 
     Returns:
-        str, or an array of entry.shape. BFloat16 arrives as float32, which holds its values exactly.
+        str, or an array of entry.shape or (last - first, *entry.shape[1:]). BFloat16 arrives as float32, which holds
+        its values exactly.
     """
-    pieces = [np.fromfile(path, np.uint8, count=length, offset=offset) for offset, length in entry.spans]
+    shape, spans = entry.shape, entry.spans
+    if last is not None:
+        row = math.prod(shape[1:]) * np.dtype(_NUMPY_TYPES[entry.dtype]).itemsize
+        shape, spans = (last - first, *shape[1:]), _part(spans, first * row, last * row)
+    pieces = [np.fromfile(path, np.uint8, count=length, offset=offset) for offset, length in spans]
     data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     if entry.dtype == "str":
         try:
             return data.tobytes().decode("utf-32-le").rstrip("\0")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: a string in the checkpoint is damaged ({error}).") from error
-    array = data.view(_NUMPY_TYPES[entry.dtype]).reshape(entry.shape)
+    array = data.view(_NUMPY_TYPES[entry.dtype]).reshape(shape)
     if entry.dtype == "BFloat16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array
+
+
+def _part(spans, begin, end):
+    """Bytes `begin` to before `end` of the row that the spans make."""
+    parts, position = [], 0
+    for offset, length in spans:
+        first, last = max(begin - position, 0), min(end - position, length)
+        if first < last:
+            parts.append((offset + first, last - first))
+        position += length
+    return parts
 
 
 def write_ckpt(path, items, *, metadata=None):

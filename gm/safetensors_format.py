@@ -78,12 +78,21 @@ def read_safetensors_index(path, *, max_header=100_000_000):
     return index, metadata
 
 
-def read_safetensors_entry(path, entry):
-    """Read one tensor: an array of entry.shape. BF16 arrives as float32, which holds its values exactly."""
-    array = np.fromfile(path, _NUMPY_TYPES[entry.dtype], count=prod(entry.shape), offset=entry.offset)
+def read_safetensors_entry(path, entry, first=0, last=None):
+    """Read one tensor, or its rows from `first` to before `last`.
+
+    Returns:
+        array of entry.shape, or (last - first, *entry.shape[1:]). BF16 arrives as float32, which holds its values
+        exactly.
+    """
+    shape, dtype = entry.shape, np.dtype(_NUMPY_TYPES[entry.dtype])
+    skipped = first * prod(shape[1:])
+    if last is not None:
+        shape = (last - first, *shape[1:])
+    array = np.fromfile(path, dtype, count=prod(shape), offset=entry.offset + skipped * dtype.itemsize)
     if entry.dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.reshape(entry.shape)
+    return array.reshape(shape)
 
 
 def _entry(name, described, *, start):

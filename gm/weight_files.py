@@ -33,11 +33,27 @@ class LazyTensor:
         shape: tuple of int.
         dtype: numpy dtype of what `read` returns.
         read: () -> array of that shape and dtype, freshly made at each call.
+        read_rows: (first, last) -> read()[first:last] without reading the rest; None where that cannot be done.
     """
 
     shape: tuple
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None
+
+    def blocks(self, numbers):
+        """Yield (index, values) until all has been read, where values = read()[index].
+
+        Args:
+            numbers: in a block, at most, but at least a row; where rows cannot be read, the block is everything.
+        """
+        if self.read_rows is None or math.prod(self.shape) <= numbers:
+            yield ..., self.read()
+            return
+        rows = max(1, numbers // math.prod(self.shape[1:]))
+        for first in range(0, self.shape[0], rows):
+            last = min(first + rows, self.shape[0])
+            yield slice(first, last), self.read_rows(first, last)
 
     def map(self, function, shape=None):
         """The tensor function(values), of another shape if one is given."""
@@ -54,10 +70,16 @@ class LazyTensor:
         dtype = np.dtype(dtype)
         if dtype == self.dtype or not np.issubdtype(self.dtype, np.floating):
             return self
-        return LazyTensor(self.shape, dtype, lambda: _cast(self.read(), dtype))
+        rows = self.read_rows and (lambda first, last: _cast(self.read_rows(first, last), dtype))
+        return LazyTensor(self.shape, dtype, lambda: _cast(self.read(), dtype), rows)
+
+
+_SINGLE = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # of every float16's bits
 
 
 def _cast(values, dtype):
+    if values.dtype == np.float16 and dtype == np.float32:
+        return _SINGLE.take(values.view(np.uint16), mode="clip")  # three times as fast as astype
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     if np.can_cast(values.dtype, dtype):
@@ -95,7 +117,7 @@ def open_weights(path):
         index, _ = safetensors_format.read_safetensors_index(path)
         read = functools.partial(safetensors_format.read_safetensors_entry, path)
         return {
-            name: LazyTensor(e.shape, _DTYPES[e.dtype], functools.partial(read, e))
+            name: LazyTensor(e.shape, _DTYPES[e.dtype], functools.partial(read, e), functools.partial(read, e))
             for name, e in index.items()
         }
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
@@ -111,7 +133,8 @@ def open_weights(path):
         index = ckpt_format.read_ckpt_index(path)
         read = functools.partial(ckpt_format.read_ckpt_entry, path)
         return {
-            name: LazyTensor(e.shape, _ckpt_dtype(e), functools.partial(read, e)) for name, e in index.items()
+            name: LazyTensor(e.shape, _ckpt_dtype(e), functools.partial(read, e), functools.partial(read, e))
+            for name, e in index.items()
         }
     what = "empty" if not start else "neither a safetensors file nor a MindSpore .ckpt"
     raise ValueError(f"{path} is {what}; it may be an interrupted download.")

@@ -61,8 +61,10 @@ def engine():
     return build_engine(CONFIGS["base"])
 
 
+@pytest.mark.parametrize("block", [16, checkpoint.BLOCK])
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_what_is_saved_loads_bit_for_bit(tmp_path, suffix):
+def test_what_is_saved_loads_bit_for_bit(tmp_path, monkeypatch, suffix, block):
+    monkeypatch.setattr(checkpoint, "BLOCK", block)
     save_file(state(), tmp_path / "a.safetensors")
     net, other = Net(), Net()
     load_weights(net, tmp_path / "a.safetensors")

@@ -63,6 +63,9 @@ def test_a_large_tensor_in_pieces_is_joined(tmp_path):
     path.write_bytes(message(*(("table", TABLE.shape, "Float32", part) for part in parts)))
     assert np.array_equal(ms.load_checkpoint(str(path))["table"].asnumpy(), TABLE)
     assert np.array_equal(read_all(path)["table"], TABLE)
+    (entry,) = read_ckpt_index(path).values()
+    for first, last in ((0, 1), (1, 3), (2, 3), (0, 3)):
+        assert np.array_equal(read_ckpt_entry(path, entry, first, last), TABLE[first:last])
 
 
 def test_old_scalars_of_dims_zero_are_numbers(tmp_path):

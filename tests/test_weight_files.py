@@ -29,6 +29,27 @@ def test_what_is_written_is_read_again(tmp_path, write):
         assert found[name].read().dtype == array.dtype
 
 
+@pytest.mark.parametrize("write", [write_safetensors, write_ckpt])
+def test_rows_are_read_without_the_others(tmp_path, write):
+    array = np.random.default_rng(0).standard_normal((7, 3, 2)).astype(np.float16)
+    write(tmp_path / "a", {"other": in_memory(np.ones(5, np.float32)), "it": in_memory(array)})
+    it = open_weights(tmp_path / "a")["it"]
+    np.testing.assert_array_equal(it.read_rows(2, 5), array[2:5])
+    for numbers, expected in ((1, [1] * 7), (13, [2, 2, 2, 1]), (42, [7]), (10**6, [7])):
+        blocks = list(it.astype(np.float32).blocks(numbers))
+        assert [len(values) for _, values in blocks] == expected
+        whole = np.zeros(array.shape, np.float32)
+        for index, values in blocks:
+            assert values.dtype == np.float32
+            whole[index] += values
+        np.testing.assert_array_equal(whole, array)
+
+
+def test_float16_becomes_float32_bit_by_bit():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(in_memory(every).astype(np.float32).read(), every.astype(np.float32))
+
+
 def test_the_safetensors_library_reads_what_is_written(tmp_path):
     tensors = {name: in_memory(array) for name, array in ARRAYS.items()}
     write_safetensors(tmp_path / "a", tensors, metadata={"format": "pt"})

@@ -124,6 +124,15 @@ def fast_bfloat16():
     return any(flag in _processor() for flag in ("avx512_bf16", "amx_bf16"))
 
 
+def to_bfloat16_bits(array):
+    """float32 -> int16, rounded to nearest, ties to even."""
+    array = np.ascontiguousarray(array, np.float32)
+    bits = np.empty(array.shape, np.int16)
+    pointers = (ctypes.c_void_p(a.ctypes.data) for a in (array, bits))
+    ctypes.CDLL(library()).ToBfloat16(*pointers, ctypes.c_int64(array.size))
+    return bits
+
+
 # ---------------------------------------------------------------- operators
 
 

@@ -799,6 +799,9 @@ extern "C" void TakeAccounts(char* text, int64_t size) {
 // To be called once, before any other function.
 extern "C" void SetThreads(int threads) { num_threads = threads; }
 
+// On the calling thread alone.
+extern "C" void ToBfloat16(const float* from, bf16* to, int64_t n) { convert(from, to, n); }
+
 // Functions that MindSpore calls. Inputs and outputs are listed at each; the last input holds int32 settings.
 #define KERNEL(name, ...)                                                                                     \
   extern "C" int name(int count, void** data, int* rank, int64_t** shape, const char** dtype, void*, void*) { \

@@ -24,8 +24,6 @@ from mindspore.ops import constexpr
 
 from gm.models import fused, native, rows
 
-CACHED = 1 << 16  # numbers that fit into a processor's cache
-
 FORMS = {"native": native, "fused": fused, "rows": rows}
 
 _forced_form = None
@@ -115,7 +113,7 @@ class FileLayout:
 
     shape: tuple
     dtype: np.dtype  # of the array that `pack` takes and `unpack` gives
-    pack: Callable = lambda array: array  # file -> parameter
+    pack: Callable = lambda array: array  # file -> parameter, of everything or of some rows of the first axis
     unpack: Callable = lambda array: array  # parameter -> file
 
 
@@ -139,7 +137,7 @@ def _file_layout(parameter, shape):
     def pack(array):
         if turned:  # (o, c, k, k) -> (o, k k c)
             array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).reshape(len(array), -1)
-        return to_bfloat16_bits(array) if bits else array
+        return fused.to_bfloat16_bits(array) if bits else array
 
     def unpack(array):
         array = from_bfloat16_bits(array) if bits else array
@@ -149,16 +147,6 @@ def _file_layout(parameter, shape):
         return array
 
     return FileLayout(shape, np.dtype("float32" if bits else str(parameter.dtype).lower()), pack, unpack)
-
-
-def to_bfloat16_bits(array):
-    """float32 -> int16, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = np.empty(bits.shape, np.uint16)
-    for start in range(0, bits.size, CACHED):
-        part = bits.reshape(-1)[start : start + CACHED]
-        rounded.reshape(-1)[start : start + CACHED] = (part + (0x7FFF + ((part >> 16) & 1))) >> 16
-    return rounded.view(np.int16)
 
 
 def from_bfloat16_bits(bits):

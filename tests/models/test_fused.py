@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def rounded(array):
     """The nearest bfloat16 numbers."""
-    return layers.from_bfloat16_bits(layers.to_bfloat16_bits(array))
+    return layers.from_bfloat16_bits(fused.to_bfloat16_bits(array))
 
 
 def test_bfloat16_rounds_to_the_nearest_number_and_ties_to_even():
