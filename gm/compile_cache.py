@@ -8,6 +8,7 @@ Used on a CPU, in graph mode, by a process alone; `MS_COMPILER_CACHE_ENABLE=0` i
 """
 
 import atexit
+import ctypes
 import importlib
 import logging
 import os
@@ -43,6 +44,7 @@ def call(cell, *inputs):
             if shapes not in compiled:
                 _compile(cell, inputs)
                 compiled.add(shapes)
+                _trim()
     return cell(*inputs)
 
 
@@ -68,6 +70,12 @@ def _compile(cell, inputs):
     except (OSError, AttributeError, ImportError, _Unusable) as e:  # a folder, or another MindSpore
         logger.warning("compiled graphs are not kept from here on: %s", e)
         _cache = False
+
+
+def _trim():
+    """Return to the system what compiling has freed: the C library keeps it, and activations would come on top."""
+    with suppress(AttributeError):  # only glibc has the function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Unusable(Exception):

@@ -109,16 +109,18 @@ std::unique_lock<std::mutex> turn() {
   return std::unique_lock<std::mutex>(mutex);
 }
 
+// Memory that is kept between calls, and never given back: threads may compute while the process ends.
 template <class T>
 struct Scratch {
-  std::vector<T> memory;
+  T* memory = nullptr;
+  int64_t size = 0;
   T* get(int64_t n) {
-    if (n > (int64_t)memory.size()) {
-      memory.clear();  // nothing to keep, so nothing to copy
-      memory.shrink_to_fit();
-      memory.resize(n);
+    if (n > size) {
+      delete[] memory;
+      memory = new T[n];
+      size = n;
     }
-    return memory.data();
+    return memory;
   }
 };
 
@@ -236,7 +238,7 @@ struct Account {
   double seconds = 0;
 };
 
-std::map<std::string, Account> accounts;
+auto& accounts = *new std::map<std::string, Account>;  // never deleted, as Scratch
 std::atomic<int64_t> operations{0};
 std::atomic<int> refused{0};  // oneDNN's status, where this processor cannot do a product
 
@@ -347,7 +349,7 @@ void convolve(const Geometry& g, const float* x, const T* weight, const float* b
   const T* source = as_type_of(weight, x, g.b * g.h * g.w * g.c);
   if (rows >= 2 * threads * g.o) {
     const int64_t block = std::min(std::max<int64_t>(64, WINDOWS_OF_A_THREAD / width), (rows + threads - 1) / threads);
-    static std::vector<Scratch<T>> scratch(threads);
+    static auto& scratch = *new std::vector<Scratch<T>>(threads);
     pool().run((rows + block - 1) / block, [&](int64_t task, int worker) {
       const int64_t first = task * block, count = std::min(block, rows - first);
       T* windows = scratch[worker].get(block * width);
@@ -622,7 +624,7 @@ inline const bf16* typed(const float* x, bf16* to, int64_t n) {
 
 template <class T>
 std::vector<AttentionScratch<T>>& attention_scratch() {
-  static std::vector<AttentionScratch<T>> of(pool().size);
+  static auto& of = *new std::vector<AttentionScratch<T>>(pool().size);
   return of;
 }
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -26,6 +27,7 @@ from tests.tiny import CONFIGS, write_tiny_weights
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds: the first picture waits for MindSpore to start and compile
+REDRAWN = [StaleElementReferenceException]  # the page was drawn anew between finding an element and reading it
 PAGE = """
 import sys
 sys.path.insert(0, {root!r})
@@ -52,7 +54,7 @@ class Site:
         self.write("Steps", "2")
 
     def wait(self, found, what):
-        wait = WebDriverWait(self.driver, PATIENCE, 0.2)
+        wait = WebDriverWait(self.driver, PATIENCE, 0.2, REDRAWN)
         return wait.until(lambda _: found(), f"{what}; the page says: {self.text()}")
 
     def all(self, selector):
