@@ -3,7 +3,7 @@
 Read are the original single file (.safetensors), MindSpore's .ckpt (mindone's names) and a diffusers
 folder. All arrive under the original names, which are the networks' own (`gm.models.layers.file_layouts`).
 A file is checked as a whole, by name and shape, before anything is changed, and then loaded tensor by
-tensor.
+tensor. A tensor that is held just as it is in the file is not read but mapped into memory.
 """
 
 import hashlib
@@ -65,7 +65,8 @@ def load_weights(net, path):
     Args:
         net: DiffusionEngine, or any cell whose attribute chains are the file's names. Parameters keep their
             dtype.
-        path: .safetensors (fp16, bf16 or fp32), MindSpore .ckpt, or a diffusers folder.
+        path: .safetensors (fp16, bf16 or fp32), MindSpore .ckpt, or a diffusers folder. Parts of it may stay mapped
+            into memory: it may be replaced or removed later, but not written into.
 
     Raises:
         FileNotFoundError: no such file.
@@ -76,9 +77,12 @@ def load_weights(net, path):
     parameters = dict(net.parameters_and_names())
 
     def read(name):
-        layout, parameter = layouts[name], parameters[name]
-        values = np.empty(parameter.shape, ms.dtype_to_nptype(parameter.dtype))
-        for index, block in tensors[name].astype(layout.dtype).blocks(BLOCK):
+        layout, parameter, tensor = layouts[name], parameters[name], tensors[name]
+        dtype = ms.dtype_to_nptype(parameter.dtype)
+        if tensor.mapped and layout.held is not None and tensor.stored == layout.held:
+            return name, tensor.mapped().view(dtype)
+        values = np.empty(parameter.shape, dtype)
+        for index, block in tensor.astype(layout.dtype).blocks(BLOCK):
             values[index] = layout.pack(block)
         return name, values
 

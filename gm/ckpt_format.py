@@ -24,13 +24,16 @@ from math import prod
 import numpy as np
 
 from gm.atomic_file import atomic_file
+from gm.bfloat16 import BFLOAT16, from_bfloat16
 
 _NUMPY_TYPES = {
     "Bool": "?", "Int8": "i1", "Int16": "<i2", "Int32": "<i4", "Int64": "<i8",
     "UInt8": "u1", "UInt16": "<u2", "UInt32": "<u4", "UInt64": "<u8",
     "Float16": "<f2", "Float32": "<f4", "Float64": "<f8", "BFloat16": "<u2",
 }  # fmt: skip
-_MINDSPORE_TYPES = {np.dtype(v): k for k, v in _NUMPY_TYPES.items() if k != "BFloat16"}
+_MINDSPORE_TYPES = {np.dtype(v): k for k, v in _NUMPY_TYPES.items() if k != "BFloat16"} | {
+    BFLOAT16: "BFloat16"
+}
 _VARINT, _BYTES = 0, 2  # protobuf's wire types that the format uses
 _SKIPPED = {1: 8, 5: 4}  # wire types of fixed width, in bytes
 # Far above what a real file holds, and low enough that a hostile one is refused in a second.
@@ -38,6 +41,8 @@ _MAX_VALUES, _MAX_PIECES, _MAX_DIMS, _MAX_METADATA = 20_000, 1000, 8, 1 << 20
 # Not in the schema: protobuf readers, MindSpore's and mindone's among them, step over unknown fields,
 # whereas mindone refuses a file with a tensor that it does not know.
 _METADATA_FIELD = 1000
+# Likewise: bytes that make a large tensor begin at a multiple of _ALIGNMENT, so that it can be mapped into memory.
+_PADDING_FIELD, _ALIGNMENT, _LARGE = 1001, 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def read_ckpt_entry(path, entry, first=0, last=None):
             raise ValueError(f"{path}: a string in the checkpoint is damaged ({error}).") from error
     array = data.view(_NUMPY_TYPES[entry.dtype]).reshape(shape)
     if entry.dtype == "BFloat16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+        array = from_bfloat16(array)
     return array
 
 
@@ -122,7 +127,7 @@ def write_ckpt(path, items, *, metadata=None):
 
     Args:
         path: replaced if it exists.
-        items: iterable of (name, array | str | int).
+        items: iterable of (name, array | str | int); an array of BFLOAT16 becomes BFloat16.
         metadata: dict of str -> str, kept where other readers do not look; see `read_ckpt_metadata`.
     """
     with atomic_file(path) as file:
@@ -138,7 +143,11 @@ def write_ckpt(path, items, *, metadata=None):
             tensor += _delimited(2, dtype.encode()) + _header(3, len(content))
             tag = _delimited(1, name.encode())
             value_header = tag + _header(2, len(tensor) + len(content)) + tensor
-            file.write(_header(1, len(value_header) + len(content)) + value_header)
+            value_header = _header(1, len(value_header) + len(content)) + value_header
+            if len(content) >= _LARGE and file.tell():  # the first bytes of a file tell what it is
+                without = file.tell() + len(_delimited(_PADDING_FIELD, b"")) + len(value_header)
+                file.write(_delimited(_PADDING_FIELD, bytes(-without % _ALIGNMENT)))
+            file.write(value_header)
             file.write(content)
             if metadata:  # behind the first value: not at the end, where a cut file would lose it unnoticed
                 file.write(_delimited(_METADATA_FIELD, json.dumps(metadata, sort_keys=True).encode()))
@@ -158,6 +167,8 @@ def _read_index(path):
                 for field, span in _fields(data, 0, end, limit=_MAX_VALUES):
                     if field == _METADATA_FIELD:
                         metadata = _string_dict(data, span)
+                        continue
+                    if field == _PADDING_FIELD:
                         continue
                     if field != 1:
                         raise _Damaged(f"unknown field {field}")

@@ -333,7 +333,7 @@ def _third(tensor, i):
 def _concatenated(tensors):
     first = tensors[0]
     shape = (sum(t.shape[0] for t in tensors), *first.shape[1:])
-    return LazyTensor(shape, first.dtype, lambda: np.concatenate([t.read() for t in tensors]))
+    return LazyTensor(shape, first.dtype, lambda: np.concatenate([t.read() for t in tensors]), stored=first.stored)
 
 
 # ---------------------------------------------------------------- the folder's other files

@@ -1,5 +1,7 @@
 """DiffusionEngine: the whole SDXL in one cell, whose attribute chains are the original checkpoint's keys."""
 
+import gc
+
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -77,6 +79,7 @@ class DiffusionEngine(nn.Cell):
     def drop_first_stage(self):
         """Give the autoencoder's memory back, where all pictures are encoded and none will be decoded."""
         del self._encode, self._decode, self.first_stage_model
+        gc.collect()  # cells refer to each other
 
     def encode(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w) moments: mean and log-variance, unscaled. Numpy."""

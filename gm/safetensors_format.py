@@ -13,6 +13,8 @@ from math import prod
 
 import numpy as np
 
+from gm.bfloat16 import from_bfloat16
+
 _NUMPY_TYPES = {
     "BOOL": "?", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
     "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
@@ -91,7 +93,7 @@ def read_safetensors_entry(path, entry, first=0, last=None):
         shape = (last - first, *shape[1:])
     array = np.fromfile(path, dtype, count=prod(shape), offset=entry.offset + skipped * dtype.itemsize)
     if entry.dtype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+        array = from_bfloat16(array)
     return array.reshape(shape)
 
 

@@ -17,6 +17,8 @@ from math import prod
 
 import numpy as np
 
+from gm.bfloat16 import from_bfloat16
+
 _STORAGE_TYPES = {
     "torch FloatStorage": "<f4", "torch HalfStorage": "<f2", "torch DoubleStorage": "<f8",
     "torch BFloat16Storage": "bf16", "torch LongStorage": "<i8", "torch IntStorage": "<i4",
@@ -96,7 +98,7 @@ def read_torch_tensor(path, tensor):
             )
     storage = np.frombuffer(content, dtype, count=count)
     if tensor.storage.dtype == "bf16":
-        storage = (storage.astype(np.uint32) << 16).view(np.float32)
+        storage = from_bfloat16(storage)
     strides = [step * storage.itemsize for step in tensor.strides]
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides).copy()
 

@@ -1,8 +1,8 @@
 """Weight files as tables of tensors that are read one at a time: safetensors and MindSpore's .ckpt.
 
 Nothing here knows a model. Only headers are read until a tensor's `read` is called, so that what is done
-with a file of any size needs the memory of one tensor. Tensors are read, not memory-mapped: mapped pages
-count as this process's memory.
+with a file of any size needs the memory of one tensor. What is read is not memory-mapped meanwhile: mapped pages
+count as this process's memory. Who keeps a tensor just as it is in the file asks for `mapped`.
 """
 
 import functools
@@ -16,13 +16,15 @@ import numpy as np
 
 from gm import ckpt_format, safetensors_format
 from gm.atomic_file import atomic_file
+from gm.bfloat16 import BFLOAT16, from_bfloat16, to_bfloat16
 
 _NUMBERS = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 _DTYPES = {name: np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}") for name in _NUMBERS} | {
     "BOOL": np.dtype("?")
 }
+_DTYPES["BF16"] = BFLOAT16
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_DTYPES["BF16"] = np.dtype(np.float32)  # as which it is read
+_MAPPED_FROM = 1 << 15  # numbers; smaller tensors are not worth pages of their own
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,18 @@ class LazyTensor:
         dtype: numpy dtype of what `read` returns.
         read: () -> array of that shape and dtype, freshly made at each call.
         read_rows: (first, last) -> read()[first:last] without reading the rest; None where that cannot be done.
+        stored: numpy dtype in the file, BFLOAT16 where `read` gives float32; None if there is no file.
+        mapped: () -> array of that dtype and shape, mapped into memory: the system reads it from the file where it
+            is looked at, and may share it with other processes; what is written to it stays in this one. The file may
+            be replaced meanwhile, but not written into. None where it does not lie in the file like that.
     """
 
     shape: tuple
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     read_rows: Callable[[int, int], np.ndarray] | None = None
+    stored: np.dtype | None = None
+    mapped: Callable[[], np.ndarray] | None = None
 
     def blocks(self, numbers):
         """Yield (index, values) until all has been read, where values = read()[index].
@@ -58,11 +66,11 @@ class LazyTensor:
     def map(self, function, shape=None):
         """The tensor function(values), of another shape if one is given."""
         return LazyTensor(
-            self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read())
+            self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read()), stored=self.stored
         )
 
     def astype(self, dtype):
-        """The tensor in another floating-point type; integers stay what they are.
+        """The tensor in another floating-point type, maybe BFLOAT16; integers stay what they are.
 
         Raises:
             ValueError: at reading, if a finite value overflows the type.
@@ -81,13 +89,13 @@ def _cast(values, dtype):
     if values.dtype == np.float16 and dtype == np.float32:
         return _SINGLE.take(values.view(np.uint16), mode="clip")  # three times as fast as astype
     with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
+        cast = to_bfloat16(values) if dtype == BFLOAT16 else values.astype(dtype)
     if np.can_cast(values.dtype, dtype):
         return cast
-    if not np.isfinite(cast).all() and np.isfinite(values).all():
-        raise ValueError(
-            f"a value of {np.abs(values).max():g} does not fit {dtype}; keep the weights in float32."
-        )
+    numbers = from_bfloat16(cast) if dtype == BFLOAT16 else cast
+    if not np.isfinite(numbers).all() and np.isfinite(values).all():
+        name = "bfloat16" if dtype == BFLOAT16 else dtype
+        raise ValueError(f"a value of {np.abs(values).max():g} does not fit {name}; keep the weights in float32.")
     return cast
 
 
@@ -101,7 +109,7 @@ def open_weights(path):
     """The tensors of one weight file; its format is told from its first bytes, not from its name.
 
     Returns:
-        dict of name -> LazyTensor. bfloat16 arrives as float32, which holds it exactly; `read` of a text in a
+        dict of name -> LazyTensor. bfloat16 is read as float32, which holds it exactly; `read` of a text in a
         .ckpt gives a str.
 
     Raises:
@@ -117,7 +125,7 @@ def open_weights(path):
         index, _ = safetensors_format.read_safetensors_index(path)
         read = functools.partial(safetensors_format.read_safetensors_entry, path)
         return {
-            name: LazyTensor(e.shape, _DTYPES[e.dtype], functools.partial(read, e), functools.partial(read, e))
+            name: _in_file(path, e.shape, _DTYPES[e.dtype], functools.partial(read, e), [e.offset])
             for name, e in index.items()
         }
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
@@ -133,7 +141,7 @@ def open_weights(path):
         index = ckpt_format.read_ckpt_index(path)
         read = functools.partial(ckpt_format.read_ckpt_entry, path)
         return {
-            name: LazyTensor(e.shape, _ckpt_dtype(e), functools.partial(read, e), functools.partial(read, e))
+            name: _in_file(path, e.shape, _ckpt_dtype(e), functools.partial(read, e), [at for at, _ in e.spans])
             for name, e in index.items()
         }
     what = "empty" if not start else "neither a safetensors file nor a MindSpore .ckpt"
@@ -141,7 +149,16 @@ def open_weights(path):
 
 
 def _ckpt_dtype(entry):
-    return np.dtype({"str": np.str_, "BFloat16": np.float32}.get(entry.dtype) or entry.dtype.lower())
+    return BFLOAT16 if entry.dtype == "BFloat16" else np.dtype(np.str_ if entry.dtype == "str" else entry.dtype.lower())
+
+
+def _in_file(path, shape, stored, read, offsets):
+    """A tensor of a file; its pieces begin at these offsets."""
+    mapped = None
+    if len(offsets) == 1 and offsets[0] % stored.itemsize == 0 and math.prod(shape) >= _MAPPED_FROM:
+        mapped = functools.partial(np.memmap, path, stored, "c", offsets[0], shape)
+    dtype = np.dtype(np.float32) if stored == BFLOAT16 else stored
+    return LazyTensor(shape, dtype, read, read, stored, mapped)
 
 
 def write_safetensors(path, tensors, *, metadata=None):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -11,6 +12,7 @@ from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 from gm import checkpoint
+from gm.bfloat16 import BFLOAT16
 from gm.checkpoint import check_weights, kind_of, load_weights, read_weights, save_weights
 from gm.conditioning import embedders
 from gm.config import build_engine
@@ -315,6 +317,54 @@ def test_what_other_formats_leave_out_is_made_again():
             assert full[name].dtype == original[name].dtype and full[name].shape == original[name].shape
 
 
+def is_mapped(path):
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+class Large(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.linear = Linear(320, 256)
+        self.conv = Conv2d(64, 64, 3, padding=1)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_weights_that_are_held_as_in_the_file_are_mapped_into_memory(tmp_path, suffix, mode):
+    rng = np.random.default_rng(0)
+    shapes = {"linear.bias": (256,), "linear.weight": (256, 320), "conv.bias": (64,), "conv.weight": (64, 64, 3, 3)}
+    expected = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    path = tmp_path / f"a{suffix}"
+    checkpoint.write_weights(path, {name: in_memory(array) for name, array in expected.items()})
+    net = Large()
+    load_weights(net, path)
+    assert is_mapped(path)
+    save_weights(net, path)  # in place of the file that it is mapped from
+    assert_same(values(net), expected)
+    assert_same({name: tensor.read() for name, tensor in read_weights(path).items()}, expected)
+    path.unlink()
+    x = rng.standard_normal((3, 320)).astype(np.float32)
+    y = net.linear(ms.Tensor(x)).asnumpy()
+    expected_y = x @ expected["linear.weight"].T + expected["linear.bias"]
+    np.testing.assert_allclose(y, expected_y, rtol=0, atol=1e-5 * np.abs(expected_y).max())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_bfloat16_file_gives_the_weights_that_a_float32_file_is_rounded_to(tmp_path, suffix):
+    with parameter_dtype(ms.bfloat16):
+        expected, net = Large(), Large()
+    rng = np.random.default_rng(0)
+    layouts = sorted(file_layouts(net).items())
+    state = {name: in_memory(rng.standard_normal(layout.shape).astype(np.float32)) for name, layout in layouts}
+    checkpoint.write_weights(tmp_path / "a.safetensors", state)
+    load_weights(expected, tmp_path / "a.safetensors")
+    path = tmp_path / f"b{suffix}"
+    checkpoint.write_weights(path, {name: tensor.astype(BFLOAT16) for name, tensor in state.items()})
+    load_weights(net, path)
+    assert is_mapped(path) and not is_mapped(tmp_path / "a.safetensors")
+    for name in ("linear.weight", "conv.weight"):  # vectors are float32, and were rounded in one file alone
+        np.testing.assert_array_equal(values(net)[name], values(expected)[name])
+
+
 def test_threads_keep_the_order_stay_close_and_pass_errors_on():
     made = []
     results = checkpoint._in_threads(lambda n: made.append(n) or 1 / (20 - n), range(40), threads=3)
@@ -342,6 +392,7 @@ net = nn.CellList([Linear(512, 512) for _ in range(200)] + [Conv2d(192, 192, 3) 
 size = sum(4 * p.size for p in net.get_parameters())
 before = status("VmRSS")
 load_weights(net, sys.argv[1])
+assert all((p.asnumpy() == 1).all() for p in net.get_parameters())  # what is mapped counts where it is looked at
 grown = status("VmHWM") - before
 assert grown > 0.9 * size, (grown, size)  # otherwise nothing was measured
 print(grown / size)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from gm.bfloat16 import BFLOAT16, from_bfloat16, to_bfloat16
 from gm.weight_files import LazyTensor, in_memory, open_weights, write_ckpt, write_safetensors
 
 ARRAYS = {
@@ -43,6 +44,38 @@ def test_rows_are_read_without_the_others(tmp_path, write):
             assert values.dtype == np.float32
             whole[index] += values
         np.testing.assert_array_equal(whole, array)
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_ckpt])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(np.float32), BFLOAT16])
+def test_a_large_tensor_is_mapped_as_it_is_in_the_file(tmp_path, write, dtype):
+    large = np.random.default_rng(0).standard_normal((300, 130)).astype(np.float32)
+    arrays = {"small": large[:3], "odd": np.ones(7, bool), "large": large, "more": large[::-1], "ids": np.arange(9)}
+    tensors = {name: in_memory(array).astype(dtype) for name, array in arrays.items()}
+    write(tmp_path / "a", tensors)
+    content = (tmp_path / "a").read_bytes()
+    found = open_weights(tmp_path / "a")
+    assert [name for name in found if found[name].mapped] == [name for name in found if name in ("large", "more")]
+    for name in ("large", "more"):
+        values = found[name].mapped()
+        assert found[name].stored == values.dtype == dtype and values.flags.aligned
+        assert values.tobytes() == tensors[name].read().tobytes()
+        values[:] = values[0, 0]  # what has it may write to it
+    assert (tmp_path / "a").read_bytes() == content
+    assert found["large"].astype(np.float64).mapped is None
+
+
+def test_bfloat16_is_the_nearest_number_and_comes_back():
+    numbers = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20, 2**-140, np.inf, -0.0], np.float32)
+    nearest = np.array([1, 1, 1 + 4 * 2**-8, -1 - 2 * 2**-8, 0, np.inf, -0.0], np.float32)
+    nearest[4] = from_bfloat16(to_bfloat16(numbers[4:5]))[0]
+    found = from_bfloat16(to_bfloat16(numbers))
+    np.testing.assert_array_equal(found, nearest)
+    assert abs(found[4] - numbers[4]) <= 2**-134 and np.signbit(found[-1])
+    assert np.isnan(from_bfloat16(to_bfloat16(np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)))).all()
+    every = np.arange(1 << 16, dtype=np.uint16).view(BFLOAT16)
+    every = every[~np.isnan(from_bfloat16(every))]
+    assert (to_bfloat16(from_bfloat16(every)) == every).all()
 
 
 def test_float16_becomes_float32_bit_by_bit():
@@ -102,3 +135,5 @@ def test_integers_keep_their_type_and_floats_do_not_become_infinite():
     assert np.isinf(in_memory(np.array([np.inf])).astype(np.float16).read()).all()
     with pytest.raises(ValueError, match="70000 does not fit float16"):
         in_memory(np.array([1.0, -7e4])).astype(np.float16).read()
+    with pytest.raises(ValueError, match="3.4e[+]38 does not fit bfloat16"):
+        in_memory(np.array([1.0, 3.4e38])).astype(BFLOAT16).read()

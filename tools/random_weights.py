@@ -18,22 +18,23 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from gm import checkpoint  # noqa: E402
+from gm.bfloat16 import BFLOAT16  # noqa: E402
 from gm.config import build_engine  # noqa: E402
 from gm.models.layers import file_layouts  # noqa: E402
 from gm.weight_files import LazyTensor  # noqa: E402
 
-DTYPES = {"fp16": np.float16, "fp32": np.float32}
+DTYPES = {"fp16": np.float16, "bf16": BFLOAT16, "fp32": np.float32}
 PERIOD = 1 << 20  # numbers drawn a tensor; a larger tensor repeats them
 
 
-def random_values(name, shape, dtype, seed):
-    """Values that keep activations near unit size: N(0, 1 / inputs) for matrices, 1 and 0 for norms and biases."""
+def random_values(name, shape, seed):
+    """Float32 that keeps activations near unit size: N(0, 1 / inputs) for matrices, 1 and 0 for norms and biases."""
     if len(shape) == 1:
-        return np.full(shape, 1.0 if name.endswith(".weight") else 0.0, dtype)
+        return np.full(shape, 1.0 if name.endswith(".weight") else 0.0, np.float32)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     std = 1 / math.sqrt(math.prod(shape[1:]))
-    values = np.empty(math.prod(shape), dtype)
-    drawn = (std * rng.standard_normal(min(values.size, PERIOD), np.float32)).astype(dtype)
+    values = np.empty(math.prod(shape), np.float32)
+    drawn = np.float32(std) * rng.standard_normal(min(values.size, PERIOD), np.float32)
     for start in range(0, values.size, PERIOD):
         part = values[start : start + PERIOD]
         part[:] = drawn[: part.size]
@@ -46,11 +47,12 @@ def random_weights(config, dst, *, dtype="fp16", seed=0):
     Args:
         config: YAML of the model.
         dst: path ending in .safetensors or .ckpt.
-        dtype: "fp16" or "fp32".
+        dtype: "fp16", "bf16" or "fp32".
     """
 
     def lazy(name, shape):
-        return LazyTensor(shape, np.dtype(DTYPES[dtype]), lambda: random_values(name, shape, DTYPES[dtype], seed))
+        values = LazyTensor(shape, np.dtype(np.float32), lambda: random_values(name, shape, seed))
+        return values.astype(DTYPES[dtype])
 
     layouts = file_layouts(build_engine(config))
     checkpoint.write_weights(dst, {name: lazy(name, layout.shape) for name, layout in layouts.items()})

@@ -22,6 +22,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from gm.bfloat16 import BFLOAT16, from_bfloat16
 from gm.models import fused, native, rows
 
 FORMS = {"native": native, "fused": fused, "rows": rows}
@@ -113,6 +114,7 @@ class FileLayout:
 
     shape: tuple
     dtype: np.dtype  # of the array that `pack` takes and `unpack` gives
+    held: np.dtype | None  # of the file whose very bytes the parameter holds, maybe BFLOAT16; None: always rearranged
     pack: Callable = lambda array: array  # file -> parameter, of everything or of some rows of the first axis
     unpack: Callable = lambda array: array  # parameter -> file
 
@@ -133,6 +135,8 @@ def file_layouts(net):
 
 def _file_layout(parameter, shape):
     bits, turned = parameter.dtype == ms.int16, tuple(parameter.shape) != shape
+    dtype = np.dtype("float32" if bits else str(parameter.dtype).lower())
+    held = None if turned else BFLOAT16 if bits else dtype
 
     def pack(array):
         if turned:  # (o, c, k, k) -> (o, k k c)
@@ -140,18 +144,13 @@ def _file_layout(parameter, shape):
         return fused.to_bfloat16_bits(array) if bits else array
 
     def unpack(array):
-        array = from_bfloat16_bits(array) if bits else array
+        array = from_bfloat16(array) if bits else array
         if turned:
             out, inner, k, _ = shape
             array = np.ascontiguousarray(array.reshape(out, k, k, inner).transpose(0, 3, 1, 2))
         return array
 
-    return FileLayout(shape, np.dtype("float32" if bits else str(parameter.dtype).lower()), pack, unpack)
-
-
-def from_bfloat16_bits(bits):
-    """int16 -> float32."""
-    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return FileLayout(shape, dtype, held, pack, unpack)
 
 
 # ---------------------------------------------------------------- feature maps

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from gm.bfloat16 import from_bfloat16
 from gm.models import fused, layers
 from gm.runtime import RuntimeArgs, start_runtime
 from tests.models.test_layers import OnMaps, SelfAttention, WeightedSum, assert_forms_agree, randomise, run
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def rounded(array):
     """The nearest bfloat16 numbers."""
-    return layers.from_bfloat16_bits(fused.to_bfloat16_bits(array))
+    return from_bfloat16(fused.to_bfloat16_bits(array))
 
 
 def test_bfloat16_rounds_to_the_nearest_number_and_ties_to_even():

@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.numpy import load_file, save_file
 
-from gm.checkpoint import load_weights
+from gm.bfloat16 import BFLOAT16, from_bfloat16, to_bfloat16
+from gm.checkpoint import load_weights, read_weights
 from gm.config import build_engine
 from gm.models.layers import file_layouts
 from gm.weight_files import LazyTensor, write_safetensors
@@ -46,6 +47,24 @@ def test_every_format_fills_the_engine_alike(tmp_path):
         for name, parameter in engine.parameters_and_names():
             values = layouts[name].unpack(parameter.asnumpy())
             np.testing.assert_array_equal(values, state[name], err_msg=name)
+
+
+def test_bfloat16_is_written_and_kept(tmp_path):
+    original = write_tiny_weights(tmp_path / "a.safetensors")
+    stations = [original, tmp_path / "b.safetensors", tmp_path / "c.ckpt", tmp_path / "d", tmp_path / "e.safetensors"]
+    for src, dst in zip(stations, stations[1:], strict=False):
+        convert(src, dst, config=CONFIGS["base"], dtype="bf16" if src == original else "keep")
+    first, last = read_weights(stations[1]), read_weights(stations[-1])
+    for name, values in tiny_state_dict().items():
+        stored = BFLOAT16 if values.dtype == np.float32 else values.dtype
+        assert first[name].stored == stored
+        expected = from_bfloat16(to_bfloat16(values)) if stored == BFLOAT16 else values
+        np.testing.assert_array_equal(first[name].read(), expected)
+        if not name.endswith("logit_scale"):  # which no folder holds
+            assert last[name].stored == stored
+            np.testing.assert_array_equal(last[name].read(), expected)
+    types = {p.dtype for n, p in ms.load_checkpoint(str(tmp_path / "c.ckpt")).items() if "ids" not in n}
+    assert types == {ms.bfloat16}
 
 
 def test_a_type_that_is_asked_for_is_written_and_integers_stay(tmp_path):

@@ -44,7 +44,7 @@ def load_random(engine):
     """Fill an engine with random numbers by the loader of files, so that dtypes and peak memory are a file's."""
 
     def lazy(name, shape):
-        return LazyTensor(shape, np.dtype(np.float32), lambda: random_values(name, shape, np.float32, 0))
+        return LazyTensor(shape, np.dtype(np.float32), lambda: random_values(name, shape, 0))
 
     tensors = {name: lazy(name, layout.shape) for name, layout in file_layouts(engine).items()}
     with mock.patch.object(checkpoint, "read_weights", lambda path: tensors):
