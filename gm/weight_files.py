@@ -155,7 +155,7 @@ def _ckpt_dtype(entry):
 def _in_file(path, shape, stored, read, offsets):
     """A tensor of a file; its pieces begin at these offsets."""
     mapped = None
-    if len(offsets) == 1 and offsets[0] % stored.itemsize == 0 and math.prod(shape) >= _MAPPED_FROM:
+    if math.prod(shape) >= _MAPPED_FROM and len(offsets) == 1 and offsets[0] % stored.itemsize == 0:
         mapped = functools.partial(np.memmap, path, stored, "c", offsets[0], shape)
     dtype = np.dtype(np.float32) if stored == BFLOAT16 else stored
     return LazyTensor(shape, dtype, read, read, stored, mapped)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from gm import ckpt_format
 from gm.bfloat16 import BFLOAT16, from_bfloat16, to_bfloat16
 from gm.weight_files import LazyTensor, in_memory, open_weights, write_ckpt, write_safetensors
 
@@ -76,6 +77,12 @@ def test_bfloat16_is_the_nearest_number_and_comes_back():
     every = np.arange(1 << 16, dtype=np.uint16).view(BFLOAT16)
     every = every[~np.isnan(from_bfloat16(every))]
     assert (to_bfloat16(from_bfloat16(every)) == every).all()
+
+
+def test_texts_and_numbers_of_a_ckpt_are_read(tmp_path):
+    ckpt_format.write_ckpt(tmp_path / "a", [("word", "<toy>"), ("count", 3), ("rows", np.ones((2, 3), np.float32))])
+    found = open_weights(tmp_path / "a")
+    assert (found["word"].read(), found["count"].read()) == ("<toy>", 3)
 
 
 def test_float16_becomes_float32_bit_by_bit():
