@@ -17,10 +17,13 @@ def read_all(path):
 
 def test_mindspore_reads_what_we_write(tmp_path):
     path = str(tmp_path / "a.ckpt")
-    items = [("table", TABLE), ("half", HALF), ("word", "<猫-toy>"), ("nothing", ""), ("count", 3)]
+    large = RNG.normal(size=(200, 300)).astype(np.float32)  # with padding before it
+    items = [("table", TABLE), ("half", HALF), ("word", "<猫-toy>"), ("nothing", ""), ("count", 3), ("large", large)]
     write_ckpt(path, items, metadata={"step": "7"})
     loaded = ms.load_checkpoint(path)
-    assert list(loaded) == ["table", "half", "word", "nothing", "count"]
+    assert list(loaded) == ["table", "half", "word", "nothing", "count", "large"]
+    assert np.array_equal(loaded["large"].asnumpy(), large)
+    assert read_ckpt_index(path)["large"].spans[0][0] % 64 == 0
     assert np.array_equal(loaded["table"].asnumpy(), TABLE) and loaded["table"].dtype == ms.float32
     assert np.array_equal(loaded["half"].asnumpy(), HALF) and loaded["half"].dtype == ms.float16
     assert (loaded["word"], loaded["nothing"], int(loaded["count"].value())) == ("<猫-toy>", "", 3)
